@@ -1,0 +1,6 @@
+//! The operators of Tailwater, one file each. A new operator is one file, one `mod` line and one entry in the list.
+
+use pipeline::plugin::OperatorPlugin;
+
+/// Every operator, in the order of the documentation.
+pub const OPERATORS: &[OperatorPlugin] = &[];

@@ -1,0 +1,100 @@
+//! `${NAME}` and `${NAME:-default}` in values, after parsing: a variable can never add a key or a node.
+
+use super::problems::{Position, Problem, Severity};
+use super::tree::{Node, Value};
+
+/// Replaces variables in every scalar below `node`. `lookup` reads one variable. `$$` is a dollar sign.
+pub fn expand(node: &mut Node, lookup: &dyn Fn(&str) -> Option<String>) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    walk(node, lookup, &mut problems);
+    problems
+}
+
+fn walk(node: &mut Node, lookup: &dyn Fn(&str) -> Option<String>, problems: &mut Vec<Problem>) {
+    let position = node.position;
+    match &mut node.value {
+        Value::Sequence(items) => items.iter_mut().for_each(|item| walk(item, lookup, problems)),
+        Value::Mapping(entries) => entries.iter_mut().for_each(|(_, value)| walk(value, lookup, problems)),
+        Value::Scalar(scalar) if scalar.written.contains('$') => match replace(&scalar.written, lookup) {
+            Ok(text) => scalar.text = text,
+            Err((offset, message)) => {
+                let position =
+                    if scalar.verbatim { position.right(offset + usize::from(!scalar.plain)) } else { position };
+                problems.push(problem(position, message));
+            }
+        },
+        Value::Scalar(_) => {}
+    }
+}
+
+/// The text with its variables, or the character offset and message of what is wrong.
+fn replace(text: &str, lookup: &dyn Fn(&str) -> Option<String>) -> Result<String, (usize, String)> {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find('$') {
+        out.push_str(&rest[..at]);
+        let offset = text[..text.len() - rest.len() + at].chars().count();
+        rest = &rest[at + 1..];
+        if let Some(after) = rest.strip_prefix('$') {
+            out.push('$');
+            rest = after;
+        } else if let Some(inner) = rest.strip_prefix('{') {
+            let end = inner.find('}').ok_or_else(|| (offset, "`${` without `}`".to_owned()))?;
+            out.push_str(&variable(&inner[..end], lookup).map_err(|message| (offset, message))?);
+            rest = &inner[end + 1..];
+        } else {
+            out.push('$');
+        }
+    }
+    out.push_str(rest);
+    Ok(out)
+}
+
+fn variable(inner: &str, lookup: &dyn Fn(&str) -> Option<String>) -> Result<String, String> {
+    let (name, default) = match inner.split_once(":-") {
+        Some((name, default)) => (name, Some(default)),
+        None => (inner, None),
+    };
+    let valid = name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') && !name.is_empty();
+    if !valid {
+        return Err(format!("`${{{inner}}}` names no variable"));
+    }
+    // As in a shell, `:-` also replaces an empty variable.
+    match (lookup(name), default) {
+        (Some(value), Some(default)) if value.is_empty() => Ok(default.to_owned()),
+        (Some(value), _) => Ok(value),
+        (None, Some(default)) => Ok(default.to_owned()),
+        (None, None) => Err(format!("environment variable `{name}` is not set; give a default with `${{{name}:-…}}`")),
+    }
+}
+
+fn problem(position: Position, message: String) -> Problem {
+    Problem { position, severity: Severity::Error, node: String::new(), message, hint: None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn variables_are_replaced_as_values_only() {
+        let lookup = |name: &str| match name {
+            "HOST" => Some("db: [x]".to_owned()),
+            "EMPTY" => Some(String::new()),
+            _ => None,
+        };
+        for (text, expected) in [
+            ("${HOST}", Ok("db: [x]")),
+            ("a-${NONE:-b}-c", Ok("a-b-c")),
+            ("${EMPTY:-x}", Ok("x")),
+            ("${EMPTY}", Ok("")),
+            ("$$ and $5", Ok("$ and $5")),
+            ("é ${NONE}", Err(2)),
+            ("${HOST", Err(0)),
+            ("${a b}", Err(0)),
+        ] {
+            let result = replace(text, &lookup).map_err(|(offset, _)| offset);
+            assert_eq!(result.as_deref().map_err(|o| *o), expected, "{text}");
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! What live sinks and the HTTP surface share: the epoch, the latest rows of every metric, and demand.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+
+use arrow::array::{Array, ArrayRef, AsArray};
+use arrow::datatypes::{DataType, Schema};
+use indexmap::IndexMap;
+use tokio::sync::watch;
+
+use crate::batch::Batch;
+use crate::json::encode_rows;
+use crate::status::{Status, lock};
+use crate::time::now_us;
+
+/// Most keys of one metric whose latest row is kept, about 20 MB at 200 bytes a row. A new key beyond it
+/// takes the place of an old one.
+pub const LATEST_KEYS_MAX: usize = 100_000;
+
+/// How long a `GET` of a metric counts as demand.
+const GET_DEMAND_US: i64 = 60_000_000;
+
+/// Shared by all live sinks and the HTTP surface of one running graph.
+#[derive(Debug)]
+pub struct Live {
+    /// New at every start.
+    pub epoch: String,
+    /// Counters and connections.
+    pub status: Arc<Status>,
+    metrics: HashMap<String, Metric>,
+    demand_changed: watch::Sender<u64>,
+}
+
+#[derive(Debug)]
+struct Metric {
+    keys: Vec<String>,
+    latest: Mutex<LatestRows>,
+    subscribers: AtomicU64,
+    wanted_until_us: AtomicI64,
+}
+
+#[derive(Debug, Default)]
+struct LatestRows {
+    rows: IndexMap<KeyText, Arc<str>>,
+    number: u64,
+    updated_us: i64,
+}
+
+/// The text of a row's key columns, in the order of the metric's keys: text as it is, numbers and times as
+/// in JSON without quotes, null as the empty text.
+pub type KeyText = Box<[Box<str>]>;
+
+/// The latest row per key of a metric.
+#[derive(Clone, Debug, Default)]
+pub struct Latest {
+    /// Key and row as a JSON object.
+    pub rows: Vec<(KeyText, Arc<str>)>,
+    /// Number of the newest output batch; 0 if there is none.
+    pub number: u64,
+    /// When it came, microseconds since 1970 UTC.
+    pub updated_us: i64,
+}
+
+impl Live {
+    /// For the metrics of a graph: each name with its key columns.
+    pub fn new(epoch: String, status: Arc<Status>, metrics: impl IntoIterator<Item = (String, Vec<String>)>) -> Self {
+        let metric = |keys| Metric {
+            keys,
+            latest: Mutex::default(),
+            subscribers: AtomicU64::new(0),
+            wanted_until_us: AtomicI64::new(i64::MIN),
+        };
+        let metrics = metrics.into_iter().map(|(name, keys)| (name, metric(keys))).collect();
+        Self { epoch, status, metrics, demand_changed: watch::Sender::new(0) }
+    }
+
+    /// Keeps the latest row per key. Called by the engine for every output batch, before the live sinks.
+    pub fn update(&self, metric: &str, batch: &Batch, number: u64) {
+        let Some(metric) = self.metrics.get(metric) else { return };
+        // Without keys only the last row counts: encode that one alone.
+        if metric.keys.is_empty() {
+            let last = encode_rows(&batch.rows().slice(batch.len().saturating_sub(1), batch.len().min(1)));
+            let Some(row) = last.iter().next().map(Arc::from) else { return };
+            let mut latest = lock(&metric.latest);
+            latest.rows.insert(KeyText::default(), row);
+            latest.number = number;
+            latest.updated_us = now_us();
+            return;
+        }
+        let json = batch.json();
+        let keys = KeyColumns::new(batch, &metric.keys);
+        let mut latest = lock(&metric.latest);
+        for row in 0..batch.len() {
+            let key = keys.text(row);
+            if latest.rows.len() >= LATEST_KEYS_MAX && !latest.rows.contains_key(&key) {
+                latest.rows.swap_remove_index(0);
+            }
+            latest.rows.insert(key, Arc::from(json.row(row)));
+        }
+        latest.number = number;
+        latest.updated_us = now_us();
+    }
+
+    /// The latest rows of a metric; `None` if there is no such metric.
+    pub fn latest(&self, metric: &str) -> Option<Latest> {
+        let latest = lock(&self.metrics.get(metric)?.latest);
+        let rows = latest.rows.iter().map(|(key, row)| (key.clone(), Arc::clone(row))).collect();
+        Some(Latest { rows, number: latest.number, updated_us: latest.updated_us })
+    }
+
+    /// Key columns of a metric.
+    pub fn keys(&self, metric: &str) -> Option<&[String]> {
+        self.metrics.get(metric).map(|m| m.keys.as_slice())
+    }
+
+    /// Names of all metrics.
+    pub fn metrics(&self) -> impl Iterator<Item = &str> {
+        self.metrics.keys().map(String::as_str)
+    }
+
+    /// A subscriber wants these metrics until the guard is dropped.
+    pub fn subscribe(self: &Arc<Self>, metrics: impl IntoIterator<Item = String>) -> DemandGuard {
+        let metrics: Vec<String> = metrics.into_iter().collect();
+        for metric in metrics.iter().filter_map(|name| self.metrics.get(name)) {
+            metric.subscribers.fetch_add(1, Relaxed);
+        }
+        self.demand_changed.send_modify(|version| *version += 1);
+        DemandGuard { live: Arc::clone(self), metrics }
+    }
+
+    /// A `GET` wants this metric for the next minute.
+    pub fn want_for_a_minute(&self, metric: &str) {
+        if let Some(metric) = self.metrics.get(metric) {
+            metric.wanted_until_us.store(now_us() + GET_DEMAND_US, Relaxed);
+            self.demand_changed.send_modify(|version| *version += 1);
+        }
+    }
+
+    /// Whether somebody wants the metric now.
+    pub fn is_wanted(&self, metric: &str) -> bool {
+        self.metrics
+            .get(metric)
+            .is_some_and(|m| m.subscribers.load(Relaxed) > 0 || m.wanted_until_us.load(Relaxed) > now_us())
+    }
+
+    /// Number of subscribers of a metric.
+    pub fn subscribers(&self, metric: &str) -> u64 {
+        self.metrics.get(metric).map_or(0, |m| m.subscribers.load(Relaxed))
+    }
+
+    /// Changes whenever demand may have changed.
+    pub fn demand(&self) -> watch::Receiver<u64> {
+        self.demand_changed.subscribe()
+    }
+}
+
+/// Demand that ends when this is dropped.
+#[derive(Debug)]
+pub struct DemandGuard {
+    live: Arc<Live>,
+    metrics: Vec<String>,
+}
+
+impl Drop for DemandGuard {
+    fn drop(&mut self) {
+        for metric in self.metrics.iter().filter_map(|name| self.live.metrics.get(name)) {
+            metric.subscribers.fetch_sub(1, Relaxed);
+        }
+        self.live.demand_changed.send_modify(|version| *version += 1);
+    }
+}
+
+/// Reads the key columns of a batch as text.
+pub struct KeyColumns {
+    columns: Vec<KeyColumn>,
+}
+
+enum KeyColumn {
+    Text(ArrayRef),
+    /// Any other type: each value as JSON, without the quotes.
+    Other(crate::json::JsonRows),
+    Missing,
+}
+
+impl KeyColumns {
+    /// The columns `keys` of `batch`; one that is not there counts as null.
+    pub fn new(batch: &Batch, keys: &[String]) -> Self {
+        let rows = batch.rows();
+        let column = |name: &String| {
+            let Ok(index) = rows.schema_ref().index_of(name) else { return KeyColumn::Missing };
+            let array = rows.column(index);
+            if *array.data_type() == DataType::Utf8 {
+                return KeyColumn::Text(Arc::clone(array));
+            }
+            let field = rows.schema_ref().field(index).clone().with_name("");
+            let alone = arrow::array::RecordBatch::try_new(Arc::new(Schema::new(vec![field])), vec![Arc::clone(array)]);
+            alone.map_or(KeyColumn::Missing, |alone| KeyColumn::Other(encode_rows(&alone)))
+        };
+        Self { columns: keys.iter().map(column).collect() }
+    }
+
+    /// The key of one row.
+    pub fn text(&self, row: usize) -> KeyText {
+        self.columns.iter().map(|column| Box::from(self.cell(column, row))).collect()
+    }
+
+    /// The text of key column `index` in one row.
+    pub fn value(&self, index: usize, row: usize) -> &str {
+        self.cell(&self.columns[index], row)
+    }
+
+    fn cell<'a>(&self, column: &'a KeyColumn, row: usize) -> &'a str {
+        match column {
+            KeyColumn::Text(array) if array.is_null(row) => "",
+            KeyColumn::Text(array) => array.as_string::<i32>().value(row),
+            // `{"":VALUE}`
+            KeyColumn::Other(json) => match json.row(row).get(4..).and_then(|rest| rest.strip_suffix('}')) {
+                Some("null") | None => "",
+                Some(value) => value.trim_matches('"'),
+            },
+            KeyColumn::Missing => "",
+        }
+    }
+}

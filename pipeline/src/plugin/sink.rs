@@ -1,0 +1,199 @@
+//! Sinks: where rows go. There are three kinds.
+//!
+//! - **Staging** (Parquet): rows become durable but invisible in `prepare`, visible in `commit`, both
+//!   bound to a checkpoint.
+//! - **Outbox** (databases, brokers): the engine keeps rows in a bounded outbox and delivers them in batches,
+//!   retrying while the other side is away; only a full outbox pushes back.
+//! - **Live** (WebSocket, SSE): rows are handed to whoever listens; slow clients lose rows, by a policy that
+//!   is named, bounded and counted.
+//!
+//! One sink takes rows of several pipelines; each is named by its index in the inputs given to `build`.
+
+use std::path::PathBuf;
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use arrow::array::RecordBatch;
+use async_trait::async_trait;
+use schemars::JsonSchema;
+use serde::de::DeserializeOwned;
+
+use super::operator::StreamShape;
+use crate::batch::Batch;
+use crate::config::tree::Node;
+use crate::config::{CheckContext, deserialize};
+use crate::error::Result;
+use crate::http::Routes;
+use crate::live::Live;
+use crate::state::{StateReader, StateWriter};
+
+/// The configuration of a sink: the YAML block without `type`.
+pub trait SinkConfig: DeserializeOwned + JsonSchema + Send + Sync + Sized + 'static {
+    /// The word after `type:`; a noun in snake_case, the name of the file.
+    const TYPE: &'static str;
+    /// The page in Markdown: first line one sentence; then what it writes, delivery, limits, fails when.
+    const PAGE: &'static str;
+    /// YAML of one sink, with `type:`, that checks clean for the example rows of the operators.
+    const EXAMPLE: &'static str;
+
+    /// Reports what is wrong, for the pipelines that name this sink. Pure.
+    fn check(&self, inputs: &[SinkInput], cx: &mut CheckContext<'_>) -> Option<SinkShape>;
+
+    /// Makes the running sink. Called once; opens no connection. May create folders.
+    fn build(&self, cx: SinkContext) -> Result<Sink>;
+}
+
+/// One pipeline that names the sink.
+#[derive(Clone, Debug)]
+pub struct SinkInput {
+    /// The pipeline's name, which is the metric's name.
+    pub metric: String,
+    /// What it emits.
+    pub shape: StreamShape,
+}
+
+/// What the engine must know of a sink before it runs.
+#[derive(Clone, Debug, Default)]
+pub struct SinkShape {
+    /// HTTP routes that `build` will mount.
+    pub mounts: Vec<Mount>,
+    /// Folder of Parquet history: `FOLDER/METRIC/dt=…/hh=…/*.parquet`.
+    pub history: Option<PathBuf>,
+    /// Whether it only serves whoever listens now: it keeps no `on_demand` source awake, and takes partial rows.
+    pub live: bool,
+    /// Whether it takes `Revised` rows (live, history and upsert sinks do).
+    pub takes_revised: bool,
+}
+
+/// A route on the HTTP listener; two plugins on one are an error.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Mount {
+    /// `GET`, `POST`, …
+    pub method: &'static str,
+    /// Such as `/ws`.
+    pub path: String,
+}
+
+/// What `build` gets.
+#[derive(Clone)]
+pub struct SinkContext {
+    /// The sink's name.
+    pub name: String,
+    /// The pipelines that name it; `write` gets an index into these.
+    pub inputs: Vec<SinkInput>,
+    /// The YAML file's folder; relative paths count from here.
+    pub folder: PathBuf,
+    /// Where to mount HTTP routes.
+    pub routes: Routes,
+    /// Epoch, latest rows, demand and connections, for live sinks.
+    pub live: Arc<Live>,
+    /// For a staging sink: rows written but not yet published, per input, for queries.
+    pub tails: Vec<HistoryTail>,
+}
+
+/// Rows of one pipeline that are not in a published file yet. A query holds the read lock while it lists the
+/// files and copies the tail; a sink holds the write lock while it publishes files and drops their rows, so
+/// a query sees every row once.
+pub type HistoryTail = Arc<RwLock<Vec<RecordBatch>>>;
+
+/// A running sink.
+pub enum Sink {
+    /// Bound to checkpoints.
+    Staging(Box<dyn StagingSink>),
+    /// Delivered by the engine.
+    Outbox(Box<dyn OutboxSink>, BatchLimits),
+    /// Handed to whoever listens.
+    Live(Box<dyn LiveSink>),
+}
+
+/// Serves whoever listens now.
+pub trait LiveSink: Send {
+    /// Hands on one batch. Never blocks: a slow client loses rows and is told so. `number` counts the output
+    /// batches of the pipeline, from 1, through restarts.
+    fn write(&mut self, input: usize, batch: &Batch, number: u64);
+}
+
+/// Writes files that appear with a checkpoint. All methods may block on the disk; they run on their own thread.
+pub trait StagingSink: Send {
+    /// Takes one batch. Buffers or writes; nothing becomes visible.
+    fn write(&mut self, input: usize, batch: &Batch, number: u64) -> Result<()>;
+
+    /// Makes everything written so far durable: in staged files, or in `state` (rows not worth a file yet).
+    /// `end` asks to stage all rows, because the process stops. After an error nothing is lost: the rows are
+    /// kept, and a later `prepare` includes them.
+    fn prepare(&mut self, checkpoint: u64, end: bool, state: &mut StateWriter) -> Result<()>;
+
+    /// The checkpoint is durable: makes its staged files visible. Repeatable: a file already visible is fine.
+    fn commit(&mut self, checkpoint: u64) -> Result<()>;
+
+    /// Takes over the state of checkpoint `checkpoint`, then publishes its staged files as `commit` does and
+    /// removes staged files that no checkpoint names. Called before any batch; without a checkpoint too.
+    fn restore(&mut self, checkpoint: u64, state: Option<&mut StateReader<'_>>) -> Result<()>;
+}
+
+/// Delivers rows to another server. The engine owns the outbox and the retries.
+#[async_trait]
+pub trait OutboxSink: Send {
+    /// Connects; called again with back-off after a failure. Cancel safe.
+    async fn connect(&mut self) -> Result<()>;
+
+    /// Delivers one chunk of rows of one input, at most [`BatchLimits::rows`]. May be called again with the
+    /// same `id` after a failure: at least once, and exactly once where the other side can tell by `id`.
+    /// An error with `Retry::BackOff` makes the engine reconnect and deliver again; one with `Retry::Never`
+    /// counts the rows as failed and goes on.
+    async fn deliver(&mut self, input: usize, rows: &RecordBatch, id: u64) -> Result<()>;
+}
+
+/// When rows in the outbox become a delivery.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchLimits {
+    /// Most rows of one delivery.
+    pub rows: usize,
+    /// Most time a row waits for others. Zero delivers at once.
+    pub every: Duration,
+}
+
+/// One entry of the list of sinks.
+#[derive(Clone, Copy)]
+pub struct SinkPlugin {
+    /// The word after `type:`.
+    pub type_name: &'static str,
+    /// The page in Markdown.
+    pub page: &'static str,
+    /// The example block.
+    pub example: &'static str,
+    /// JSON Schema of the options.
+    pub schema: fn() -> schemars::Schema,
+    /// Reads a YAML block.
+    pub read: fn(&Node, &mut CheckContext<'_>) -> Option<Box<dyn AnySink>>,
+}
+
+/// A sink configuration of any type.
+pub trait AnySink: Send + Sync {
+    /// See [`SinkConfig::check`].
+    fn check(&self, inputs: &[SinkInput], cx: &mut CheckContext<'_>) -> Option<SinkShape>;
+    /// See [`SinkConfig::build`].
+    fn build(&self, cx: SinkContext) -> Result<Sink>;
+}
+
+impl<T: SinkConfig> AnySink for T {
+    fn check(&self, inputs: &[SinkInput], cx: &mut CheckContext<'_>) -> Option<SinkShape> {
+        SinkConfig::check(self, inputs, cx)
+    }
+    fn build(&self, cx: SinkContext) -> Result<Sink> {
+        SinkConfig::build(self, cx)
+    }
+}
+
+impl SinkPlugin {
+    /// The entry of `T`.
+    pub const fn of<T: SinkConfig>() -> Self {
+        Self {
+            type_name: T::TYPE,
+            page: T::PAGE,
+            example: T::EXAMPLE,
+            schema: || schemars::schema_for!(T),
+            read: |node, cx| Some(Box::new(deserialize::read::<T>(node, cx)?)),
+        }
+    }
+}

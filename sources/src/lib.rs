@@ -1,0 +1,6 @@
+//! The sources of Tailwater, one file each. A new source is one file, one `mod` line and one entry in the list.
+
+use pipeline::plugin::SourcePlugin;
+
+/// Every source, in the order of the documentation.
+pub const SOURCES: &[SourcePlugin] = &[];
