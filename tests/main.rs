@@ -1,0 +1,3 @@
+//! Tests of the whole program: the built binary, real servers, real clients.
+
+mod support;
