@@ -4,6 +4,7 @@ pub mod batch;
 pub mod config;
 pub mod error;
 pub mod expression;
+pub mod graph;
 pub mod http;
 pub mod json;
 pub mod live;

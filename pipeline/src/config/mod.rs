@@ -9,6 +9,7 @@ pub mod tree;
 pub mod values;
 
 pub use check::CheckContext;
+pub use pipelines::Pipelines;
 
 pub use problems::{Position, Problem, Problems, Severity, did_you_mean};
 pub use values::{At, ByteSize, Duration, FieldSpec, Fields, Secret, SecretUrl};

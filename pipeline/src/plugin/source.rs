@@ -165,6 +165,8 @@ pub struct Pulled {
     pub errors: Vec<RowError>,
     /// Where to go on after these rows: the source's own encoding, opaque to the engine.
     pub position: Vec<u8>,
+    /// Whether more rows are waiting: the engine then calls `next` again at once, whatever the schedule.
+    pub more: bool,
 }
 
 /// Records by themselves.
