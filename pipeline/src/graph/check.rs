@@ -6,7 +6,7 @@ use std::sync::Arc;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{EventTime, Graph, GraphPipeline, GraphSink, GraphSource, Input, Producer, errors_schema};
+use super::{EventTime, Graph, GraphPipeline, GraphSink, GraphSource, Input, Producer, downstream, errors_schema};
 use crate::config::pipelines::{PipelineEntry, SinkEntry, SourceEntry};
 use crate::config::tree::{Node, Value};
 use crate::config::{At, CheckContext, Pipelines, Position, Problems, did_you_mean};
@@ -565,7 +565,7 @@ fn fingerprint(entry: &PipelineEntry, inputs: &[Input], sources: &[Option<GraphS
 fn notes(file: &Pipelines, graph: &Graph, problems: &mut Problems) {
     for (index, (source, entry)) in graph.sources.iter().zip(&file.sources).enumerate() {
         let mut cx = CheckContext::new(problems, format!("source {}", source.name), entry.position, &file.folder);
-        if graph.downstream(index).is_empty() {
+        if downstream(&graph.pipelines, index).is_empty() {
             cx.note(entry.position, "no pipeline reads this source");
         }
         let durable = graph.durable_sinks(index);

@@ -128,30 +128,30 @@ impl Graph {
         !self.sources.is_empty() && self.sources.iter().all(|source| source.shape.bounded)
     }
 
-    /// The pipelines that get rows of source `source`, directly or through others.
-    pub fn downstream(&self, source: usize) -> Vec<usize> {
-        let mut reached: Vec<usize> = Vec::new();
-        for (index, pipeline) in self.pipelines.iter().enumerate() {
-            let reads = pipeline.inputs.iter().any(|input| match input.producer {
-                Producer::Source(from) => from == source,
-                Producer::Pipeline(from) => reached.contains(&from),
-                Producer::SourceErrors(_) => false,
-            });
-            if reads {
-                reached.push(index);
-            }
-        }
-        reached
-    }
-
     /// The durable sinks that get rows of source `source`.
     pub fn durable_sinks(&self, source: usize) -> Vec<&GraphSink> {
         let mut sinks: Vec<usize> =
-            self.downstream(source).iter().flat_map(|p| self.pipelines[*p].to.clone()).collect();
+            downstream(&self.pipelines, source).iter().flat_map(|p| self.pipelines[*p].to.clone()).collect();
         sinks.sort_unstable();
         sinks.dedup();
         sinks.into_iter().map(|index| &self.sinks[index]).filter(|sink| !sink.shape.live).collect()
     }
+}
+
+/// The pipelines that get rows of source `source`, directly or through others. `pipelines` are in the order of the graph.
+pub fn downstream(pipelines: &[GraphPipeline], source: usize) -> Vec<usize> {
+    let mut reached: Vec<usize> = Vec::new();
+    for (index, pipeline) in pipelines.iter().enumerate() {
+        let reads = pipeline.inputs.iter().any(|input| match input.producer {
+            Producer::Source(from) => from == source,
+            Producer::Pipeline(from) => reached.contains(&from),
+            Producer::SourceErrors(_) => false,
+        });
+        if reads {
+            reached.push(index);
+        }
+    }
+    reached
 }
 
 /// The columns of a source's row errors.

@@ -1,6 +1,8 @@
 //! The HTTP surface: one listener, routes that plugins mount, and the engine's own API.
 
+pub mod api;
 pub mod respond;
+pub mod server;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -40,7 +42,8 @@ pub struct Routes {
 type RouteMap = HashMap<String, Vec<(&'static str, Arc<dyn Handler>)>>;
 
 impl Routes {
-    /// Mounts a handler. `check` has made sure that no other plugin takes the same method and path.
+    /// Mounts a handler. `check` has made sure that no other plugin takes the same method and path. A path that
+    /// ends with a slash stands for everything below it (but `/` for itself alone).
     pub fn mount(&self, method: &'static str, path: &str, handler: Arc<dyn Handler>) {
         let mut routes = self.routes.write().unwrap_or_else(PoisonError::into_inner);
         routes.entry(path.to_owned()).or_default().push((method, handler));
@@ -49,7 +52,8 @@ impl Routes {
     /// The handler of a request; or the methods that the path takes, if it takes others; or `None`.
     pub fn find(&self, method: &str, path: &str) -> Option<Result<Arc<dyn Handler>, Vec<&'static str>>> {
         let routes = self.routes.read().unwrap_or_else(PoisonError::into_inner);
-        let handlers = routes.get(path)?;
+        let above = || path.rfind('/').filter(|at| *at > 0).and_then(|at| routes.get(&path[..=at]));
+        let handlers = routes.get(path).or_else(above)?;
         let handler = handlers.iter().find(|(m, _)| *m == method).map(|(_, handler)| Arc::clone(handler));
         Some(handler.ok_or_else(|| handlers.iter().map(|(m, _)| *m).collect()))
     }

@@ -1,0 +1,361 @@
+//! The engine's own routes: health, metrics, the graph, the latest rows, connections, history.
+
+use std::fmt::Write;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
+
+use async_trait::async_trait;
+use hyper::StatusCode;
+use hyper::header::{CACHE_CONTROL, ETAG, HeaderValue, IF_NONE_MATCH, RETRY_AFTER};
+use serde_json::{Value, json};
+
+use super::{Handler, Request, Response, Routes, respond};
+use crate::graph::{GraphPipeline, GraphSink, GraphSource, Producer};
+use crate::history::History;
+use crate::history::http::QueryHandler;
+use crate::live::{KeyText, Latest, Live};
+use crate::schema::type_word;
+use crate::status::{NodeKind, NodeState, NodeStatus};
+use crate::time::{format_us, now_us};
+
+/// Where the latest rows of a metric are: below this.
+const METRICS_PATH: &str = "/api/v1/metrics/";
+
+/// The graph as JSON, made before it starts.
+pub struct Summary {
+    sources: Vec<Value>,
+    pipelines: Vec<Value>,
+    sinks: Vec<Value>,
+}
+
+impl Summary {
+    /// Describes a checked graph.
+    pub fn new(sources: &[GraphSource], pipelines: &[GraphPipeline], sinks: &[GraphSink]) -> Self {
+        let columns = |schema: &arrow::datatypes::SchemaRef| -> Value {
+            let list = schema.fields().iter().map(|f| json!({"name": f.name(), "type": type_word(f)}));
+            list.collect()
+        };
+        let producer = |producer: &Producer| match producer {
+            Producer::Source(index) | Producer::SourceErrors(index) => sources[*index].name.clone(),
+            Producer::Pipeline(index) => pipelines[*index].name.clone(),
+        };
+        let source = |s: &GraphSource| {
+            json!({
+                "name": s.name, "type": s.type_name, "columns": columns(&s.shape.schema),
+                "on_demand": s.on_demand, "delivery": s.shape.delivery.sentence(),
+            })
+        };
+        let pipeline = |p: &GraphPipeline| {
+            let from: Vec<String> = p.inputs.iter().map(|input| producer(&input.producer)).collect();
+            let to: Vec<&str> = p.to.iter().map(|index| sinks[*index].name.as_str()).collect();
+            json!({
+                "name": p.name, "from": from, "steps": p.step_names, "to": to,
+                "keys": p.shape.keys, "columns": columns(&p.shape.schema),
+            })
+        };
+        let sink = |s: &GraphSink| {
+            let metrics: Vec<&str> = s.inputs.iter().map(|input| input.metric.as_str()).collect();
+            let path = s.shape.mounts.first().map(|mount| mount.path.as_str());
+            json!({"name": s.name, "type": s.type_name, "metrics": metrics, "path": path})
+        };
+        Self {
+            sources: sources.iter().map(source).collect(),
+            pipelines: pipelines.iter().map(pipeline).collect(),
+            sinks: sinks.iter().map(sink).collect(),
+        }
+    }
+}
+
+/// Mounts the engine's routes and the pages (path, content type, text).
+pub fn mount(
+    routes: &Routes,
+    live: &Arc<Live>,
+    history: &Arc<History>,
+    summary: Summary,
+    pages: &[(&'static str, &'static str, &'static str)],
+) {
+    let api = |what: What| -> Arc<dyn Handler> { Arc::new(Api { live: Arc::clone(live), what }) };
+    routes.mount("GET", "/health", api(What::Health));
+    routes.mount("GET", "/ready", api(What::Ready(AtomicBool::new(false))));
+    routes.mount("GET", "/metrics", api(What::Prometheus));
+    routes.mount("GET", "/api/v1/pipelines", api(What::Pipelines(summary)));
+    routes.mount("GET", METRICS_PATH, api(What::Latest));
+    routes.mount("GET", "/api/v1/stats", api(What::Stats));
+    routes.mount("GET", "/api/v1/connections", api(What::Connections));
+    routes.mount("POST", "/api/v1/query", Arc::new(QueryHandler::new(Arc::clone(history), Default::default())));
+    for (path, content_type, text) in pages {
+        routes.mount("GET", path, Arc::new(Page { content_type, text }));
+    }
+}
+
+/// A page of the program itself.
+struct Page {
+    content_type: &'static str,
+    text: &'static str,
+}
+
+#[async_trait]
+impl Handler for Page {
+    async fn handle(&self, _request: Request) -> Response {
+        let mut response = respond::answer(StatusCode::OK, self.content_type, self.text);
+        // The page belongs to the running binary: another version may be there after a restart.
+        response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+        response
+    }
+}
+
+struct Api {
+    live: Arc<Live>,
+    what: What,
+}
+
+enum What {
+    Health,
+    /// Whether it was healthy once.
+    Ready(AtomicBool),
+    Prometheus,
+    Pipelines(Summary),
+    Latest,
+    Stats,
+    Connections,
+}
+
+#[async_trait]
+impl Handler for Api {
+    async fn handle(&self, request: Request) -> Response {
+        match &self.what {
+            What::Health => respond::json(StatusCode::OK, &self.health()),
+            What::Ready(was) => self.ready(was),
+            What::Prometheus => {
+                respond::answer(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", prometheus(&self.live))
+            }
+            What::Pipelines(summary) => respond::json(StatusCode::OK, &self.pipelines(summary)),
+            What::Latest => self.latest(&request),
+            What::Stats => respond::json(StatusCode::OK, &self.stats()),
+            What::Connections => respond::json(StatusCode::OK, &self.connections()),
+        }
+    }
+}
+
+impl Api {
+    fn is_healthy(&self) -> bool {
+        self.live.status.nodes().iter().all(|node| node.state().reason().is_none())
+    }
+
+    /// Always 200 while the process answers: a broker that is away is no reason to restart the process.
+    fn health(&self) -> Value {
+        let nodes = self.live.status.nodes();
+        let reasons: Vec<Value> = nodes
+            .iter()
+            .filter_map(|node| {
+                let state = node.state();
+                let reason = state.reason()?;
+                let name = format!("{} {}", node.kind.as_str(), node.name);
+                Some(json!({"node": name, "state": state.as_str(), "reason": reason}))
+            })
+            .collect();
+        let mut health = json!({
+            "status": if reasons.is_empty() { "healthy" } else { "degraded" },
+            "version": env!("CARGO_PKG_VERSION"),
+            "uptime_seconds": (now_us() - self.live.status.started_us) / 1_000_000,
+            "nodes": nodes.len(),
+        });
+        if !reasons.is_empty() {
+            health["reasons"] = Value::Array(reasons);
+        }
+        health
+    }
+
+    fn ready(&self, was: &AtomicBool) -> Response {
+        if was.load(Relaxed) || self.is_healthy() {
+            was.store(true, Relaxed);
+            return respond::json(StatusCode::OK, &json!({"status": "ready"}));
+        }
+        let mut response = respond::json(StatusCode::SERVICE_UNAVAILABLE, &self.health());
+        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+        response
+    }
+
+    fn pipelines(&self, summary: &Summary) -> Value {
+        let nodes = self.live.status.nodes();
+        let with = |entries: &[Value], kind: NodeKind| -> Vec<Value> {
+            let add = |entry: &Value| {
+                let mut entry = entry.clone();
+                let name = entry["name"].as_str().unwrap_or_default();
+                if let Some(node) = nodes.iter().find(|node| node.kind == kind && node.name == name) {
+                    entry["status"] = node_status(node);
+                }
+                entry
+            };
+            entries.iter().map(add).collect()
+        };
+        json!({
+            "epoch": self.live.epoch,
+            "sources": with(&summary.sources, NodeKind::Source),
+            "pipelines": with(&summary.pipelines, NodeKind::Pipeline),
+            "sinks": with(&summary.sinks, NodeKind::Sink),
+        })
+    }
+
+    /// The latest row per key, filtered by `COLUMN=v1,v2`, with an ETag that changes with the rows.
+    fn latest(&self, request: &Request) -> Response {
+        let name = request.inner.uri().path().strip_prefix(METRICS_PATH).unwrap_or_default();
+        let Some(keys) = self.live.keys(name) else {
+            let hint = crate::config::did_you_mean(name, self.live.metrics());
+            let hint = hint.map(|hint| format!("; {hint}")).unwrap_or_default();
+            return respond::error(StatusCode::NOT_FOUND, format!("no metric `{name}`{hint}"));
+        };
+        let mut filters = Vec::new();
+        for (column, values) in respond::parameters(request.inner.uri()) {
+            let Some(index) = keys.iter().position(|key| *key == column) else {
+                let message = format!("`{column}` is no key column of `{name}`; its keys are: {}", keys.join(", "));
+                return respond::error(StatusCode::BAD_REQUEST, message);
+            };
+            filters.push((index, values.split(',').map(str::to_owned).collect::<Vec<_>>()));
+        }
+        self.live.want_for_a_minute(name);
+        let latest = self.live.latest(name).unwrap_or_default();
+        let tag = format!("\"{}-{}\"", self.live.epoch, latest.number);
+        let known = request.inner.headers().get(IF_NONE_MATCH).and_then(|value| value.to_str().ok());
+        let mut response = if known.is_some_and(|known| known.split(',').any(|one| one.trim() == tag)) {
+            respond::answer(StatusCode::NOT_MODIFIED, "application/json", "")
+        } else {
+            respond::answer(StatusCode::OK, "application/json", latest_body(name, &self.live.epoch, &latest, &filters))
+        };
+        let headers = response.headers_mut();
+        if let Ok(tag) = HeaderValue::from_str(&tag) {
+            headers.insert(ETAG, tag);
+        }
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+        response
+    }
+
+    fn stats(&self) -> Value {
+        let totals = self.live.status.connections.totals();
+        let mut subscribers = serde_json::Map::new();
+        for metric in self.live.metrics() {
+            subscribers.insert(metric.to_owned(), self.live.subscribers(metric).into());
+        }
+        let mut stats = json!(totals);
+        stats["has_subscribers"] = (totals.active_connections > 0).into();
+        stats["subscribers"] = Value::Object(subscribers);
+        stats["uptime_seconds"] = ((now_us() - self.live.status.started_us) / 1_000_000).into();
+        let rows: u64 = self
+            .live
+            .status
+            .nodes()
+            .iter()
+            .filter(|n| n.kind == NodeKind::Source)
+            .map(|n| n.rows_out.load(Relaxed))
+            .sum();
+        stats["total_messages_processed"] = rows.into();
+        stats
+    }
+
+    fn connections(&self) -> Value {
+        let connections = &self.live.status.connections;
+        let open: Vec<Value> = connections
+            .list()
+            .iter()
+            .map(|c| {
+                json!({
+                    "id": c.id, "sink": c.sink, "address": c.address, "agent": c.agent,
+                    "connected_at": format_us(c.connected_us),
+                    "duration_seconds": (now_us() - c.connected_us) as f64 / 1e6,
+                    "sent": c.sent.load(Relaxed), "sent_bytes": c.sent_bytes.load(Relaxed),
+                    "received": c.received.load(Relaxed), "dropped": c.dropped.load(Relaxed),
+                    "errors": c.errors.load(Relaxed),
+                })
+            })
+            .collect();
+        json!({"open": open, "closed": connections.closed()})
+    }
+}
+
+/// `{"metric":…,"epoch":…,"batch":…,"timestamp":…,"data":[…]}`, the rows as they were encoded once.
+fn latest_body(name: &str, epoch: &str, latest: &Latest, filters: &[(usize, Vec<String>)]) -> String {
+    let timestamp =
+        if latest.number == 0 { "null".to_owned() } else { format!("\"{}\"", format_us(latest.updated_us)) };
+    let mut body = format!(
+        "{{\"metric\":\"{name}\",\"epoch\":\"{epoch}\",\"batch\":{},\"timestamp\":{timestamp},\"data\":[",
+        latest.number
+    );
+    let wanted = |key: &KeyText| filters.iter().all(|(index, values)| values.iter().any(|v| **v == *key[*index]));
+    for (index, (_, row)) in latest.rows.iter().filter(|(key, _)| wanted(key)).enumerate() {
+        if index > 0 {
+            body.push(',');
+        }
+        body.push_str(row);
+    }
+    body.push_str("]}");
+    body
+}
+
+fn node_status(node: &NodeStatus) -> Value {
+    let state = node.state();
+    let newest = node.event_us.load(Relaxed);
+    let mut status = json!({
+        "state": state.as_str(),
+        "rows_in": node.rows_in.load(Relaxed),
+        "rows_out": node.rows_out.load(Relaxed),
+        "batches_out": node.batches_out.load(Relaxed),
+        "errors": node.errors.load(Relaxed),
+        "late_rows": node.late_rows.load(Relaxed),
+        "dropped_rows": node.dropped_rows.load(Relaxed),
+        "polls": node.polls.load(Relaxed),
+        "queue": node.queue.load(Relaxed),
+    });
+    if newest > i64::MIN && newest < i64::MAX {
+        status["newest_event_time"] = format_us(newest).into();
+        status["lag_seconds"] = ((now_us().saturating_sub(newest)) as f64 / 1e6).into();
+    }
+    if let Some(reason) = state.reason() {
+        status["reason"] = reason.into();
+    }
+    status
+}
+
+/// The text format of Prometheus, version 0.0.4.
+fn prometheus(live: &Live) -> String {
+    let nodes = live.status.nodes();
+    let mut text = String::new();
+    type Read = fn(&NodeStatus) -> u64;
+    let families: [(&str, &str, &str, Read); 9] = [
+        ("tailwater_rows_in_total", "counter", "Rows taken in.", |n| n.rows_in.load(Relaxed)),
+        ("tailwater_rows_out_total", "counter", "Rows given out.", |n| n.rows_out.load(Relaxed)),
+        ("tailwater_batches_out_total", "counter", "Batches given out.", |n| n.batches_out.load(Relaxed)),
+        ("tailwater_errors_total", "counter", "Wrong rows, failed connections and deliveries.", |n| {
+            n.errors.load(Relaxed)
+        }),
+        ("tailwater_late_rows_total", "counter", "Rows that came too late for their window.", |n| {
+            n.late_rows.load(Relaxed)
+        }),
+        ("tailwater_dropped_rows_total", "counter", "Rows dropped by a named policy.", |n| {
+            n.dropped_rows.load(Relaxed)
+        }),
+        ("tailwater_polls_total", "counter", "Polls of a source.", |n| n.polls.load(Relaxed)),
+        ("tailwater_queue_depth", "gauge", "Batches or records that wait to be taken in.", |n| n.queue.load(Relaxed)),
+        ("tailwater_node_healthy", "gauge", "1 if the node is connected and works.", |n| {
+            u64::from(matches!(n.state(), NodeState::Healthy | NodeState::Ended))
+        }),
+    ];
+    for (name, kind, help, read) in families {
+        let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
+        for node in &nodes {
+            let (kind, node_name, type_name) = (node.kind.as_str(), &node.name, &node.type_name);
+            let _ =
+                writeln!(text, "{name}{{kind=\"{kind}\",node=\"{node_name}\",type=\"{type_name}\"}} {}", read(node));
+        }
+    }
+    let totals = live.status.connections.totals();
+    for (name, kind, help, value) in [
+        ("tailwater_connections", "gauge", "Open live connections.", totals.active_connections),
+        ("tailwater_connections_total", "counter", "Live connections since the start.", totals.total_connections),
+        ("tailwater_frames_sent_total", "counter", "Frames sent to live clients.", totals.messages_sent),
+        ("tailwater_frames_dropped_total", "counter", "Frames lost by slow live clients.", totals.messages_dropped),
+    ] {
+        let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}");
+    }
+    text
+}

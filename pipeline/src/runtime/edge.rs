@@ -1,0 +1,179 @@
+//! Edges between nodes: bounded queues, and the alignment of barriers over several of them.
+
+use std::future::poll_fn;
+use std::task::Poll;
+
+use tokio::sync::mpsc;
+
+use crate::batch::{Batch, Stage};
+
+/// Batches and signals that wait on one edge. Enough to keep both ends busy; more would only add delay
+/// and memory before back-pressure reaches the source.
+const EDGE_MESSAGES_MAX: usize = 16;
+
+/// A checkpoint's mark in the stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Barrier {
+    /// Number of the checkpoint.
+    pub(crate) checkpoint: u64,
+    /// Whether the process stops after it.
+    pub(crate) last: bool,
+}
+
+/// What flows on an edge.
+#[derive(Clone, Debug)]
+pub(crate) enum Message {
+    /// Rows, and the number of this output batch of the pipeline.
+    Batch(Batch, u64),
+    /// No row at or before this event time will come that is not late.
+    Watermark(i64),
+    /// The producer is idle; if all inputs are, event time may go on to this.
+    Idle(i64),
+    /// A checkpoint.
+    Barrier(Barrier),
+    /// Nothing more will come.
+    End,
+}
+
+/// A new edge.
+pub(crate) fn edge() -> (mpsc::Sender<Message>, mpsc::Receiver<Message>) {
+    mpsc::channel(EDGE_MESSAGES_MAX)
+}
+
+/// Which stages a consumer takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Takes {
+    /// Settled rows only: downstream pipelines, plain sinks.
+    Final,
+    /// Also corrections: history, upserts.
+    FinalAndRevised,
+    /// Everything: live sinks.
+    All,
+}
+
+impl Takes {
+    fn takes(self, stage: Stage) -> bool {
+        match stage {
+            Stage::Final => true,
+            Stage::Revised => self != Self::Final,
+            Stage::Partial => self == Self::All,
+        }
+    }
+}
+
+/// The consumers of one producer. The slowest rules.
+#[derive(Default)]
+pub(crate) struct Outlet {
+    consumers: Vec<(mpsc::Sender<Message>, Takes)>,
+}
+
+impl Outlet {
+    pub(crate) fn add(&mut self, takes: Takes) -> mpsc::Receiver<Message> {
+        let (sender, receiver) = edge();
+        self.consumers.push((sender, takes));
+        receiver
+    }
+
+    /// Sends to every consumer, waiting where one is full. A consumer that is gone is skipped.
+    /// Returns how many consumers refused the batch because of its stage.
+    pub(crate) async fn send(&self, message: Message) -> u64 {
+        let mut refused = 0;
+        for (sender, takes) in &self.consumers {
+            match &message {
+                Message::Batch(batch, _) if !takes.takes(batch.stage()) => refused += 1,
+                message => {
+                    let _ = sender.send(message.clone()).await;
+                }
+            }
+        }
+        refused
+    }
+}
+
+/// What a node with several inputs sees.
+#[derive(Debug)]
+pub(crate) enum Event {
+    Batch(usize, Batch, u64),
+    Watermark(usize, i64),
+    Idle(usize, i64),
+    /// The barrier has come on every input.
+    Barrier(Barrier),
+    /// Every input has ended.
+    End,
+}
+
+/// Several inputs read as one, with aligned barriers: an input whose barrier has come is not read until the
+/// others have theirs.
+pub(crate) struct Inputs {
+    list: Vec<Input>,
+    next: usize,
+}
+
+struct Input {
+    receiver: mpsc::Receiver<Message>,
+    barrier: Option<Barrier>,
+    ended: bool,
+}
+
+impl Inputs {
+    pub(crate) fn new(receivers: Vec<mpsc::Receiver<Message>>) -> Self {
+        let list = receivers.into_iter().map(|receiver| Input { receiver, barrier: None, ended: false }).collect();
+        Self { list, next: 0 }
+    }
+
+    /// Messages waiting on all inputs.
+    pub(crate) fn queued(&self) -> usize {
+        self.list.iter().map(|input| input.receiver.len()).sum()
+    }
+
+    /// The next event. Cancel safe.
+    pub(crate) async fn next(&mut self) -> Event {
+        loop {
+            if let Some(event) = self.aligned() {
+                return event;
+            }
+            let (index, message) = self.receive().await;
+            match message {
+                Some(Message::Batch(batch, number)) => return Event::Batch(index, batch, number),
+                Some(Message::Watermark(time)) => return Event::Watermark(index, time),
+                Some(Message::Idle(time)) => return Event::Idle(index, time),
+                Some(Message::Barrier(barrier)) => self.list[index].barrier = Some(barrier),
+                Some(Message::End) | None => self.list[index].ended = true,
+            }
+        }
+    }
+
+    fn aligned(&mut self) -> Option<Event> {
+        let open = || self.list.iter().filter(|input| !input.ended);
+        let barrier = self.list.iter().find_map(|input| input.barrier);
+        match barrier {
+            Some(barrier) if open().all(|input| input.barrier.is_some()) => {
+                self.list.iter_mut().for_each(|input| input.barrier = None);
+                Some(Event::Barrier(barrier))
+            }
+            None if open().next().is_none() => Some(Event::End),
+            _ => None,
+        }
+    }
+
+    /// One message of any input that is neither ended nor behind its barrier, in turn.
+    async fn receive(&mut self) -> (usize, Option<Message>) {
+        let count = self.list.len();
+        let (index, message) = poll_fn(|context| {
+            for offset in 0..count {
+                let index = (self.next + offset) % count;
+                let input = &mut self.list[index];
+                if input.ended || input.barrier.is_some() {
+                    continue;
+                }
+                if let Poll::Ready(message) = input.receiver.poll_recv(context) {
+                    return Poll::Ready((index, message));
+                }
+            }
+            Poll::Pending
+        })
+        .await;
+        self.next = (index + 1) % count;
+        (index, message)
+    }
+}

@@ -1,0 +1,377 @@
+//! The task between a source's connection and the graph: stamps the time of receipt, decodes, keeps the
+//! watermark, acknowledges, and answers checkpoints.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use arrow::array::{Array, ArrayRef, AsArray, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
+use arrow::compute::{filter_record_batch, is_not_null};
+use arrow::datatypes::TimestampMicrosecondType;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+use tracing::warn;
+
+use super::coordinator::{Control, Report};
+use super::edge::{Barrier, Message, Outlet};
+use super::reader_task::Arrival;
+use crate::batch::{BATCH_ROWS_MAX, Batch, Stage, Times};
+use crate::error::{Error, Result};
+use crate::graph::{EventTime, errors_schema};
+use crate::plugin::{Acknowledger, Decoder, Record, RowError};
+use crate::state::{StateReader, StateWriter};
+use crate::status::{NodeState, NodeStatus};
+use crate::time::now_us;
+
+/// How often time moves on without rows. Windows over the time of receipt close at most this late.
+const TICK: Duration = Duration::from_millis(50);
+
+/// Row errors of one source are logged at most this often; all are counted.
+const ERROR_LOG_EVERY: Duration = Duration::from_secs(10);
+
+pub(crate) struct IntakeTask {
+    pub(crate) name: String,
+    pub(crate) key: String,
+    pub(crate) arrivals: mpsc::Receiver<Arrival>,
+    pub(crate) control: mpsc::Receiver<Control>,
+    pub(crate) reports: mpsc::Sender<Report>,
+    pub(crate) decoder: Option<Box<dyn Decoder>>,
+    pub(crate) rows: Outlet,
+    pub(crate) errors: Outlet,
+    pub(crate) status: Arc<NodeStatus>,
+    pub(crate) clock: SourceClock,
+    pub(crate) position: Option<Vec<u8>>,
+    pub(crate) acknowledger: Option<Box<dyn Acknowledger>>,
+    pub(crate) error_batches: u64,
+    pub(crate) batches: u64,
+    pub(crate) error_log: Option<Instant>,
+}
+
+/// What goes on with the source.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Running,
+    Ended,
+}
+
+impl IntakeTask {
+    pub(crate) async fn run(mut self) {
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        let mut phase = Phase::Running;
+        loop {
+            tokio::select! {
+                biased;
+                control = self.control.recv() => match control {
+                    Some(Control::Barrier(barrier)) if barrier.last => return self.stop(barrier).await,
+                    Some(Control::Barrier(barrier)) => self.barrier(barrier).await,
+                    Some(Control::Close) => self.close().await,
+                    None => return,
+                },
+                arrival = self.arrivals.recv(), if phase == Phase::Running => match arrival {
+                    Some(Arrival::Ended) | None => {
+                        phase = Phase::Ended;
+                        self.close().await;
+                        let _ = self.reports.send(Report::SourceEnded(self.key.clone())).await;
+                    }
+                    Some(arrival) => self.arrival(arrival).await,
+                },
+                _ = tick.tick(), if phase == Phase::Running => self.tick().await,
+            }
+        }
+    }
+
+    /// Closes all windows downstream: nothing more will come.
+    async fn close(&mut self) {
+        self.rows.send(Message::Watermark(i64::MAX)).await;
+        self.errors.send(Message::Watermark(i64::MAX)).await;
+    }
+
+    /// The last barrier: takes in what has arrived, then stops.
+    async fn stop(&mut self, barrier: Barrier) {
+        // Closing first makes the connection's task stop; what it had handed over is still received.
+        self.arrivals.close();
+        while let Some(arrival) = self.arrivals.recv().await {
+            self.arrival(arrival).await;
+        }
+        self.barrier(barrier).await;
+        self.rows.send(Message::End).await;
+        self.errors.send(Message::End).await;
+    }
+
+    async fn barrier(&mut self, barrier: Barrier) {
+        self.rows.send(Message::Barrier(barrier)).await;
+        self.errors.send(Message::Barrier(barrier)).await;
+        let mut state = StateWriter::default();
+        state.bool(self.position.is_some());
+        state.bytes(self.position.as_deref().unwrap_or_default());
+        self.clock.snapshot(&mut state);
+        state.u64(self.batches);
+        state.u64(self.error_batches);
+        let _ = self.reports.send(Report::Prepared(self.key.clone(), barrier.checkpoint, Ok(state.finish()))).await;
+    }
+
+    /// Takes over the state of a checkpoint and returns the position to go on from.
+    pub(crate) fn restore(&mut self, state: &[u8]) -> Result<Option<Vec<u8>>> {
+        let mut state = StateReader::new(state);
+        let known = state.bool()?;
+        let position = state.bytes()?.to_vec();
+        self.position = known.then_some(position);
+        self.clock.restore(&mut state)?;
+        self.batches = state.u64()?;
+        self.error_batches = state.u64()?;
+        Ok(self.position.clone())
+    }
+
+    async fn arrival(&mut self, arrival: Arrival) {
+        let mut next = Some(arrival);
+        while let Some(arrival) = next.take() {
+            self.status.queue.store(self.arrivals.len() as u64, Relaxed);
+            match arrival {
+                Arrival::Connected(acknowledger) => {
+                    self.acknowledger = acknowledger;
+                    self.clock.set_connected(true);
+                }
+                Arrival::Disconnected => {
+                    self.acknowledger = None;
+                    self.clock.set_connected(false);
+                }
+                Arrival::Unwanted => self.clock.set_unwanted(),
+                Arrival::Ended => {}
+                Arrival::Rows(pulled) => {
+                    let taken = self.take_rows(&pulled.rows, pulled.errors).await;
+                    self.report(taken);
+                    self.position = Some(pulled.position);
+                }
+                Arrival::Records(mut records) => {
+                    next = self.more_records(&mut records);
+                    let taken = self.take_records(&records).await;
+                    self.report(taken);
+                    self.acknowledge(&records).await;
+                }
+            }
+        }
+    }
+
+    /// Adds the records that have arrived meanwhile, so that under load batches fill up. Returns the arrival
+    /// after them if it was something else.
+    fn more_records(&mut self, records: &mut Vec<Record>) -> Option<Arrival> {
+        while records.len() < BATCH_ROWS_MAX {
+            match self.arrivals.try_recv() {
+                Ok(Arrival::Records(more)) => records.extend(more),
+                Ok(other) => return Some(other),
+                Err(_) => return None,
+            }
+        }
+        None
+    }
+
+    async fn take_records(&mut self, records: &[Record]) -> Result<()> {
+        let decoder = self.decoder.as_mut().ok_or_else(|| Error::internal("a push source without a decoder"))?;
+        let decoded = decoder.decode(records)?;
+        self.take_rows(&decoded.rows, decoded.errors).await
+    }
+
+    async fn take_rows(&mut self, rows: &RecordBatch, mut errors: Vec<RowError>) -> Result<()> {
+        let ingest_us = self.clock.stamp();
+        let rows = self.drop_without_event_time(rows, &mut errors)?;
+        self.emit_errors(errors, ingest_us).await?;
+        let mut offset = 0;
+        while offset < rows.num_rows() {
+            let part = rows.slice(offset, BATCH_ROWS_MAX.min(rows.num_rows() - offset));
+            offset += part.num_rows();
+            let times = self.clock.times(&part, ingest_us)?;
+            let batch = Batch::new(part, times, Stage::Final)?;
+            self.batches += 1;
+            self.status.rows_out.fetch_add(batch.len() as u64, Relaxed);
+            self.status.batches_out.fetch_add(1, Relaxed);
+            self.status.event_us.store(self.clock.newest_us, Relaxed);
+            self.rows.send(Message::Batch(batch, self.batches)).await;
+            if let Some(watermark) = self.clock.advanced() {
+                self.rows.send(Message::Watermark(watermark)).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// A row without event time belongs into no window: it is a row error.
+    fn drop_without_event_time(&self, rows: &RecordBatch, errors: &mut Vec<RowError>) -> Result<RecordBatch> {
+        let Some(event_time) = self.clock.event_time else { return Ok(rows.clone()) };
+        let column = rows.column(event_time.column);
+        if column.null_count() == 0 {
+            return Ok(rows.clone());
+        }
+        let message = format!("no event time: `{}` is null", rows.schema_ref().field(event_time.column).name());
+        for row in (0..rows.num_rows()).filter(|row| column.is_null(*row)) {
+            let text = crate::json::encode_rows(&rows.slice(row, 1));
+            errors.push(RowError::new(message.clone(), text.row(0).as_bytes()));
+        }
+        Ok(filter_record_batch(rows, &is_not_null(column)?)?)
+    }
+
+    async fn emit_errors(&mut self, errors: Vec<RowError>, ingest_us: i64) -> Result<()> {
+        let Some(first) = errors.first() else { return Ok(()) };
+        self.status.errors.fetch_add(errors.len() as u64, Relaxed);
+        if self.error_log.is_none_or(|at| at.elapsed() > ERROR_LOG_EVERY) {
+            self.error_log = Some(Instant::now());
+            warn!(source = %self.name, rows = errors.len(), payload = %first.payload, "a row cannot be read: {}", first.message);
+        }
+        let count = errors.len();
+        let columns: Vec<ArrayRef> = vec![
+            Arc::new(StringArray::from(vec![self.name.as_str(); count])),
+            Arc::new(TimestampMicrosecondArray::from_value(ingest_us, count).with_timezone("UTC")),
+            Arc::new(errors.iter().map(|e| Some(e.message.as_str())).collect::<StringArray>()),
+            Arc::new(errors.iter().map(|e| Some(e.payload.as_str())).collect::<StringArray>()),
+        ];
+        let times = Times::constant(ingest_us, ingest_us, i64::MIN, count);
+        let batch = Batch::new(RecordBatch::try_new(errors_schema(), columns)?, times, Stage::Final)?;
+        self.error_batches += 1;
+        self.errors.send(Message::Batch(batch, self.error_batches)).await;
+        Ok(())
+    }
+
+    async fn acknowledge(&mut self, records: &[Record]) {
+        let Some(acknowledger) = self.acknowledger.as_mut() else { return };
+        let tokens: Vec<u64> = records.iter().map(|record| record.token).collect();
+        if let Err(error) = acknowledger.acknowledge(&tokens).await {
+            // The reader meets the same broken connection and reconnects; what is not confirmed comes again.
+            self.status.errors.fetch_add(1, Relaxed);
+            warn!(source = %self.name, "acknowledging failed: {error}");
+            self.acknowledger = None;
+        }
+    }
+
+    fn report(&self, result: Result<()>) {
+        if let Err(error) = result {
+            self.status.errors.fetch_add(1, Relaxed);
+            tracing::error!(source = %self.name, "{error}");
+            self.status.set_state(NodeState::Failed(error.to_string()));
+        }
+    }
+
+    async fn tick(&mut self) {
+        if let Some(message) = self.clock.tick(self.arrivals.is_empty()) {
+            self.rows.send(message).await;
+        }
+    }
+}
+
+/// Event time, lateness and idleness of one source.
+#[derive(Debug)]
+pub(crate) struct SourceClock {
+    event_time: Option<EventTime>,
+    /// Newest event time, `i64::MIN` if none.
+    newest_us: i64,
+    /// Newest time of receipt; the wall clock may be set back, this is not.
+    ingest_us: i64,
+    /// Last watermark given out.
+    watermark_us: i64,
+    /// Wall clock at the last row or (re)connect: idleness counts from here.
+    active_us: i64,
+    connected: bool,
+    unwanted: bool,
+}
+
+impl SourceClock {
+    pub(crate) fn new(event_time: Option<EventTime>) -> Self {
+        Self {
+            event_time,
+            newest_us: i64::MIN,
+            ingest_us: i64::MIN,
+            watermark_us: i64::MIN,
+            active_us: now_us(),
+            connected: false,
+            unwanted: false,
+        }
+    }
+
+    fn set_connected(&mut self, connected: bool) {
+        self.connected = connected;
+        self.unwanted = false;
+        self.active_us = now_us();
+    }
+
+    fn set_unwanted(&mut self) {
+        self.unwanted = true;
+    }
+
+    /// The time of receipt of what arrives now.
+    fn stamp(&mut self) -> i64 {
+        let now = now_us();
+        self.active_us = now;
+        self.unwanted = false;
+        self.ingest_us = self.ingest_us.max(now);
+        self.ingest_us
+    }
+
+    /// The times of rows received at `ingest_us`; their event times move the clock.
+    fn times(&mut self, rows: &RecordBatch, ingest_us: i64) -> Result<Times> {
+        let count = rows.num_rows();
+        let Some(event_time) = self.event_time else {
+            let times = Times::constant(ingest_us, ingest_us, self.newest_us, count);
+            self.newest_us = self.newest_us.max(ingest_us);
+            return Ok(times);
+        };
+        let column = rows.column(event_time.column);
+        let column = column
+            .as_primitive_opt::<TimestampMicrosecondType>()
+            .ok_or_else(|| Error::internal("an event time that is no timestamp"))?;
+        let mut watermarks = Vec::with_capacity(count);
+        for &event_us in column.values() {
+            watermarks.push(self.trailing());
+            self.newest_us = self.newest_us.max(event_us);
+        }
+        Ok(Times {
+            event_us: Int64Array::new(column.values().clone(), None),
+            ingest_us: Int64Array::from_value(ingest_us, count),
+            watermark_us: Int64Array::from(watermarks),
+        })
+    }
+
+    /// The watermark that follows from the newest event time.
+    fn trailing(&self) -> i64 {
+        let lateness = self.event_time.map_or(0, |event_time| event_time.lateness_us);
+        if self.newest_us == i64::MIN { i64::MIN } else { self.newest_us.saturating_sub(lateness) }
+    }
+
+    /// The watermark, if it has moved since the last call.
+    fn advanced(&mut self) -> Option<i64> {
+        let watermark = self.trailing();
+        (watermark > self.watermark_us).then(|| {
+            self.watermark_us = watermark;
+            watermark
+        })
+    }
+
+    /// What time alone does: over the time of receipt it moves the watermark; over event time it makes a
+    /// source idle that is connected, has nothing queued and got no row for long.
+    fn tick(&mut self, nothing_queued: bool) -> Option<Message> {
+        let now = now_us();
+        let Some(event_time) = self.event_time else {
+            if !nothing_queued {
+                return None;
+            }
+            self.ingest_us = self.ingest_us.max(now);
+            self.newest_us = self.newest_us.max(self.ingest_us);
+            return self.advanced().map(Message::Watermark);
+        };
+        let quiet_us = now.saturating_sub(self.active_us);
+        let idle = self.unwanted || (self.connected && nothing_queued && quiet_us >= event_time.idle_us);
+        // Without any row there is no event time to go on from: i64::MIN still says that this input holds nothing back.
+        let on = if self.newest_us == i64::MIN { i64::MIN } else { self.trailing().saturating_add(quiet_us) };
+        idle.then_some(Message::Idle(on))
+    }
+
+    fn snapshot(&self, state: &mut StateWriter) {
+        state.i64(self.newest_us);
+        state.i64(self.ingest_us);
+        state.i64(self.watermark_us);
+    }
+
+    fn restore(&mut self, state: &mut StateReader<'_>) -> Result<()> {
+        self.newest_us = state.i64()?;
+        self.ingest_us = state.i64()?;
+        self.watermark_us = state.i64()?;
+        Ok(())
+    }
+}

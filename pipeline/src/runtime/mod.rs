@@ -1,0 +1,492 @@
+//! Runs a checked graph. The only place that spawns tasks, waits, retries and decides to stop.
+//!
+//! ```text
+//! reader task -> intake task -> pipeline task(s) -> sink task -> (outbox -> delivery task)
+//!      ^              ^                                  |
+//!      |              +---- coordinator: barriers -------+ reports, commits
+//!      +- connects, reconnects
+//! ```
+//!
+//! Three pools of threads: `io` for sockets, sinks and the HTTP surface; `operators` for intake and pipelines;
+//! `query` for history.
+
+mod back_off;
+mod coordinator;
+mod edge;
+mod intake_task;
+mod outbox;
+mod pipeline_task;
+mod reader_task;
+mod sink_task;
+mod store;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use tokio::net::TcpListener;
+use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Duration, MissedTickBehavior, interval};
+use tracing::{info, warn};
+
+pub use coordinator::Stopped;
+
+use crate::error::{Error, Result};
+use crate::graph::{ERRORS_SUFFIX, Graph, GraphPipeline, GraphSink, GraphSource, Producer};
+use crate::history::{History, Table};
+use crate::http::{Routes, api, server};
+use crate::live::Live;
+use crate::plugin::{HistoryTail, Sink, SinkContext, SourceContext};
+use crate::state::StateReader;
+use crate::status::{NodeKind, NodeState, NodeStatus, Status};
+use crate::time::now_us;
+use coordinator::{Control, Coordinator, Report};
+use edge::{Inputs, Message, Outlet, Takes};
+use intake_task::{IntakeTask, SourceClock};
+use outbox::{DeliveryTask, Outbox};
+use pipeline_task::{PipelineTask, Port};
+use reader_task::{ARRIVALS_MAX, ReaderTask};
+use sink_task::{Running, SinkTask};
+use store::{Checkpoint, Store};
+
+/// How often demand is looked at even if nothing changed: the minute after a `GET` ends by itself.
+const DEMAND_EVERY: Duration = Duration::from_secs(1);
+
+/// Reports and controls that wait; every node sends at most two a checkpoint.
+const SIGNALS_MAX: usize = 1024;
+
+/// How to run.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Take no new rows: restore, close every window, publish, end.
+    pub drain: bool,
+    /// The web page: path and content type and text, mounted as they are.
+    pub pages: Vec<(&'static str, &'static str, &'static str)>,
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Why it stopped.
+    pub stopped: Stopped,
+    /// Nodes that failed for good, with the reason.
+    pub failed: Vec<(String, String)>,
+}
+
+/// Runs the graph until it ends or `stop` resolves. Blocks the calling thread.
+pub fn run(graph: Graph, options: Options, stop: impl Future<Output = ()> + Send) -> Result<Outcome> {
+    let io = pool("io")?;
+    let operators = pool("operators")?;
+    let result = io.block_on(async {
+        let started = Starter::new(graph, options, operators.handle().clone()).await?;
+        started.run(stop).await
+    });
+    // Tasks that still wait for a server that is away end here.
+    operators.shutdown_background();
+    io.shutdown_timeout(Duration::from_millis(500));
+    result
+}
+
+fn pool(name: &'static str) -> Result<Runtime> {
+    let pool = Builder::new_multi_thread().worker_threads(2).thread_name(name).enable_all().build();
+    pool.map_err(|e| Error::outside("threads").because(e).fatal())
+}
+
+/// Everything that is shared while the nodes are put together.
+struct Starter {
+    graph: Graph,
+    options: Options,
+    operators: Handle,
+    status: Arc<Status>,
+    live: Arc<Live>,
+    routes: Routes,
+    listener: TcpListener,
+    store: Store,
+    restored: Checkpoint,
+    history: Arc<History>,
+    tails: HashMap<(usize, usize), HistoryTail>,
+}
+
+impl Starter {
+    async fn new(graph: Graph, options: Options, operators: Handle) -> Result<Self> {
+        let listen: SocketAddr =
+            graph.listen.parse().map_err(|_| Error::user(format!("`{}` is no address", graph.listen)))?;
+        let listener = TcpListener::bind(listen).await.map_err(|e| {
+            Error::outside(format!("cannot listen on {listen} (`server: {{listen: …}}` chooses another port)"))
+                .because(e)
+                .fatal()
+        })?;
+        let store = Store::open(&graph.state_dir)?;
+        let restored = store.latest()?.unwrap_or_default();
+        let status = Arc::new(Status::default());
+        let pipelines = graph.pipelines.iter().map(|p| (p.name.clone(), p.shape.keys.clone()));
+        let errors = graph.sources.iter().map(|s| (format!("{}{ERRORS_SUFFIX}", s.name), Vec::new()));
+        let epoch = format!("{:x}", now_us());
+        let live = Arc::new(Live::new(epoch, Arc::clone(&status), pipelines.chain(errors)));
+        let (tables, tails) = history_tables(&graph);
+        let history = Arc::new(History::new(tables)?);
+        let routes = Routes::default();
+        Ok(Self { graph, options, operators, status, live, routes, listener, store, restored, history, tails })
+    }
+
+    /// Builds and starts every node, then watches over them until the stop.
+    async fn run(mut self, stop: impl Future<Output = ()> + Send) -> Result<Outcome> {
+        let sources = std::mem::take(&mut self.graph.sources);
+        let pipelines = std::mem::take(&mut self.graph.pipelines);
+        let sinks = std::mem::take(&mut self.graph.sinks);
+        let summary = api::Summary::new(&sources, &pipelines, &sinks);
+        let wanted = Wanted::new(&sources, &pipelines, &sinks);
+        let (reporter, reports) = mpsc::channel(SIGNALS_MAX);
+        let mut nodes = Nodes::new(reporter);
+        let source_status: Vec<_> =
+            sources.iter().map(|s| self.status.node(NodeKind::Source, &s.name, &s.type_name)).collect();
+
+        // Consumers first, so that every edge exists before its producer is built; and a sink that cannot be built
+        // (a folder that cannot be written) stops the start before anything is read.
+        for pipeline in pipelines {
+            self.pipeline(pipeline, &mut nodes)?;
+        }
+        for (index, sink) in sinks.into_iter().enumerate() {
+            self.sink(index, sink, &mut nodes)?;
+        }
+        for (index, (source, status)) in sources.into_iter().zip(source_status).enumerate() {
+            self.source(index, &source, status, wanted.receiver(index), &mut nodes)?;
+        }
+        for (index, task) in nodes.pipelines.iter_mut().enumerate() {
+            task.outlet = nodes.outlets.take(Producer::Pipeline(index));
+        }
+
+        self.warn_of_lost_state(&nodes.fingerprints);
+        let next = (self.restored.number + 1).max(u64::try_from(now_us() / 1000).unwrap_or(1));
+        let drain = self.options.drain;
+        api::mount(&self.routes, &self.live, &self.history, summary, &self.options.pages);
+        let server = server::start(self.listener, self.routes);
+        tokio::spawn(wanted.watch(Arc::clone(&self.live)));
+        let (controls, commits, fingerprints) = nodes.start(&self.operators, drain);
+        let coordinator = Coordinator {
+            store: self.store,
+            every: *self.graph.checkpoint_every,
+            next,
+            controls,
+            commits,
+            reports,
+            nodes: fingerprints,
+            ended: BTreeSet::new(),
+        };
+        let stopped = coordinator.run(stop, drain).await?;
+        server.stop().await;
+        let failed = self.status.nodes().into_iter().filter_map(|node| match node.state() {
+            NodeState::Failed(reason) => Some((format!("{} {}", node.kind.as_str(), node.name), reason)),
+            _ => None,
+        });
+        Ok(Outcome { stopped, failed: failed.collect() })
+    }
+
+    /// The state of a node in the restored checkpoint, if the same configuration wrote it.
+    fn restored(&self, key: &str, fingerprint: u64) -> Option<&[u8]> {
+        let (of, state) = self.restored.nodes.get(key)?;
+        if *of == fingerprint {
+            return Some(state);
+        }
+        let number = self.restored.number;
+        warn!("{key} has changed since checkpoint {number}: it starts anew; its position and open windows are lost");
+        None
+    }
+
+    fn warn_of_lost_state(&self, nodes: &BTreeMap<String, u64>) {
+        for key in self.restored.nodes.keys().filter(|key| !nodes.contains_key(*key)) {
+            warn!("{key} is no longer in the file: its state is dropped");
+        }
+        if self.restored.number > 0 {
+            info!("going on from checkpoint {}", self.restored.number);
+        }
+    }
+
+    fn pipeline(&self, pipeline: GraphPipeline, nodes: &mut Nodes) -> Result<()> {
+        let key = format!("pipeline/{}", pipeline.name);
+        nodes.fingerprints.insert(key.clone(), pipeline.fingerprint);
+        let receivers = pipeline.inputs.iter().map(|input| nodes.outlets.add(input.producer, Takes::Final)).collect();
+        let ports = pipeline.inputs.into_iter().map(|input| Port {
+            step: input.step,
+            input: input.input,
+            unite: input.unite,
+            watermark_us: i64::MIN,
+            idle_us: None,
+        });
+        let mut task = PipelineTask {
+            status: self.status.node(NodeKind::Pipeline, &pipeline.name, "pipeline"),
+            name: pipeline.name,
+            inputs: Inputs::new(receivers),
+            ports: ports.collect(),
+            steps: pipeline.steps,
+            outlet: Outlet::default(),
+            live: Arc::clone(&self.live),
+            reports: nodes.reporter.clone(),
+            number: 0,
+            watermark_us: i64::MIN,
+            forwarded_us: i64::MIN,
+            failed: false,
+            key,
+        };
+        if let Some(state) = self.restored(&task.key, pipeline.fingerprint) {
+            task.restore(state).map_err(|e| e.context(&task.key))?;
+        }
+        nodes.pipelines.push(task);
+        Ok(())
+    }
+
+    fn sink(&self, index: usize, sink: GraphSink, nodes: &mut Nodes) -> Result<()> {
+        let status = self.status.node(NodeKind::Sink, &sink.name, &sink.type_name);
+        if sink.inputs.is_empty() {
+            status.set_state(NodeState::Ended);
+            return Ok(());
+        }
+        let key = format!("sink/{}", sink.name);
+        nodes.fingerprints.insert(key.clone(), 0);
+        let takes = match (sink.shape.live, sink.shape.takes_revised) {
+            (true, _) => Takes::All,
+            (false, true) => Takes::FinalAndRevised,
+            (false, false) => Takes::Final,
+        };
+        let receivers = sink.producers.iter().map(|producer| nodes.outlets.add(*producer, takes)).collect();
+        let inputs = sink.inputs.len();
+        let tail = |input| self.tails.get(&(index, input)).cloned().unwrap_or_default();
+        let built = sink.config.build(SinkContext {
+            name: sink.name.clone(),
+            inputs: sink.inputs,
+            folder: self.graph.folder.clone(),
+            routes: self.routes.clone(),
+            live: Arc::clone(&self.live),
+            tails: (0..inputs).map(tail).collect(),
+        });
+        let state = self.restored(&key, 0);
+        let running = match built.map_err(|e| e.context(format!("sink {}", sink.name)))? {
+            Sink::Live(live) => Running::Live(live),
+            Sink::Staging(mut staging) => {
+                let mut reader = state.map(StateReader::new);
+                staging.restore(self.restored.number, reader.as_mut()).map_err(|e| e.context(&key))?;
+                Running::Staging(staging)
+            }
+            Sink::Outbox(outbox_sink, limits) => {
+                let outbox = Arc::new(Outbox::new(limits, inputs));
+                if let Some(state) = state {
+                    outbox.restore(state).map_err(|e| e.context(&key))?;
+                }
+                nodes.deliveries.push(DeliveryTask {
+                    name: sink.name.clone(),
+                    outbox: Arc::clone(&outbox),
+                    sink: outbox_sink,
+                    status: Arc::clone(&status),
+                });
+                Running::Outbox(outbox)
+            }
+        };
+        let (commit, commits) = mpsc::channel(4);
+        nodes.commits.insert(key.clone(), commit);
+        nodes.sinks.push(SinkTask {
+            name: sink.name,
+            key,
+            inputs: Inputs::new(receivers),
+            sink: running,
+            status,
+            reports: nodes.reporter.clone(),
+            commits,
+        });
+        Ok(())
+    }
+
+    fn source(
+        &self,
+        index: usize,
+        source: &GraphSource,
+        status: Arc<NodeStatus>,
+        wanted: watch::Receiver<bool>,
+        nodes: &mut Nodes,
+    ) -> Result<()> {
+        let key = format!("source/{}", source.name);
+        nodes.fingerprints.insert(key.clone(), source.fingerprint);
+        let (control, control_receiver) = mpsc::channel(4);
+        nodes.controls.push(control);
+        let (arrival_sender, arrivals) = mpsc::channel(ARRIVALS_MAX);
+        let built = source.config.build(SourceContext {
+            name: source.name.clone(),
+            folder: self.graph.folder.clone(),
+            state_dir: self.graph.state_dir.clone(),
+            routes: self.routes.clone(),
+            status: Arc::clone(&self.status),
+        });
+        let mut intake = IntakeTask {
+            name: source.name.clone(),
+            key,
+            arrivals,
+            control: control_receiver,
+            reports: nodes.reporter.clone(),
+            decoder: source.config.decoder(),
+            rows: nodes.outlets.take(Producer::Source(index)),
+            errors: nodes.outlets.take(Producer::SourceErrors(index)),
+            status: Arc::clone(&status),
+            clock: SourceClock::new(source.event_time),
+            position: None,
+            acknowledger: None,
+            error_batches: 0,
+            batches: 0,
+            error_log: None,
+        };
+        let position = match self.restored(&intake.key, source.fingerprint) {
+            Some(state) => intake.restore(state).map_err(|e| e.context(format!("source {}", source.name)))?,
+            None => None,
+        };
+        let reader = ReaderTask {
+            source: built.map_err(|e| e.context(format!("source {}", source.name)))?,
+            schedule: source.shape.schedule,
+            position,
+            arrivals: arrival_sender,
+            wanted,
+            status,
+        };
+        nodes.sources.push((intake, reader));
+        Ok(())
+    }
+}
+
+/// The tasks of all nodes before they start, and the channels to them.
+struct Nodes {
+    reporter: mpsc::Sender<Report>,
+    outlets: Outlets,
+    fingerprints: BTreeMap<String, u64>,
+    controls: Vec<mpsc::Sender<Control>>,
+    commits: HashMap<String, mpsc::Sender<u64>>,
+    sources: Vec<(IntakeTask, ReaderTask)>,
+    pipelines: Vec<PipelineTask>,
+    sinks: Vec<SinkTask>,
+    deliveries: Vec<DeliveryTask>,
+}
+
+type Signals = (Vec<mpsc::Sender<Control>>, HashMap<String, mpsc::Sender<u64>>, BTreeMap<String, u64>);
+
+impl Nodes {
+    fn new(reporter: mpsc::Sender<Report>) -> Self {
+        Self {
+            reporter,
+            outlets: Outlets::default(),
+            fingerprints: BTreeMap::new(),
+            controls: Vec::new(),
+            commits: HashMap::new(),
+            sources: Vec::new(),
+            pipelines: Vec::new(),
+            sinks: Vec::new(),
+            deliveries: Vec::new(),
+        }
+    }
+
+    /// Spawns everything, consumers first.
+    fn start(self, operators: &Handle, drain: bool) -> Signals {
+        for task in self.deliveries {
+            tokio::spawn(task.run());
+        }
+        for task in self.sinks {
+            tokio::spawn(task.run());
+        }
+        for task in self.pipelines {
+            operators.spawn(task.run());
+        }
+        for (intake, reader) in self.sources {
+            operators.spawn(intake.run());
+            if drain {
+                reader.status.set_state(NodeState::Ended);
+            } else {
+                tokio::spawn(reader.run());
+            }
+        }
+        (self.controls, self.commits, self.fingerprints)
+    }
+}
+
+/// The outlets of producers whose consumers are known before they are built themselves.
+#[derive(Default)]
+struct Outlets {
+    of: HashMap<Producer, Outlet>,
+}
+
+impl Outlets {
+    fn add(&mut self, producer: Producer, takes: Takes) -> mpsc::Receiver<Message> {
+        self.of.entry(producer).or_default().add(takes)
+    }
+
+    fn take(&mut self, producer: Producer) -> Outlet {
+        self.of.remove(&producer).unwrap_or_default()
+    }
+}
+
+/// Which sources somebody wants: only `on_demand` ones are ever unwanted.
+struct Wanted {
+    /// Per on-demand source without a durable sink: the metrics downstream of it.
+    on_demand: Vec<(watch::Sender<bool>, Vec<String>)>,
+    receivers: Vec<watch::Receiver<bool>>,
+    /// Keeps the channels of sources that are always wanted open.
+    always: Vec<watch::Sender<bool>>,
+}
+
+impl Wanted {
+    fn new(sources: &[GraphSource], pipelines: &[GraphPipeline], sinks: &[GraphSink]) -> Self {
+        let mut wanted = Self { on_demand: Vec::new(), receivers: Vec::new(), always: Vec::new() };
+        for (index, source) in sources.iter().enumerate() {
+            let downstream = crate::graph::downstream(pipelines, index);
+            let durable = downstream.iter().flat_map(|p| &pipelines[*p].to).any(|sink| !sinks[*sink].shape.live);
+            let (sender, receiver) = watch::channel(durable || !source.on_demand);
+            wanted.receivers.push(receiver);
+            if durable || !source.on_demand {
+                wanted.always.push(sender);
+            } else {
+                let metrics = downstream.iter().map(|p| pipelines[*p].name.clone()).collect();
+                wanted.on_demand.push((sender, metrics));
+            }
+        }
+        wanted
+    }
+
+    fn receiver(&self, source: usize) -> watch::Receiver<bool> {
+        self.receivers[source].clone()
+    }
+
+    /// Follows demand for as long as the graph runs.
+    async fn watch(self, live: Arc<Live>) {
+        let mut changed = live.demand();
+        let mut timer = interval(DEMAND_EVERY);
+        timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // Moved in, so that the channels of the other sources stay open as well.
+        let _always = self.always;
+        loop {
+            for (sender, metrics) in &self.on_demand {
+                let now = metrics.iter().any(|metric| live.is_wanted(metric));
+                sender.send_if_modified(|wanted| std::mem::replace(wanted, now) != now);
+            }
+            tokio::select! {
+                _ = changed.changed() => {}
+                _ = timer.tick() => {}
+            }
+        }
+    }
+}
+
+/// The history tables of the graph, and the tail of each by (sink, input).
+fn history_tables(graph: &Graph) -> (Vec<Table>, HashMap<(usize, usize), HistoryTail>) {
+    let mut tables = Vec::new();
+    let mut tails = HashMap::new();
+    for (index, sink) in graph.sinks.iter().enumerate() {
+        let Some(folder) = &sink.shape.history else { continue };
+        for (input, of) in sink.inputs.iter().enumerate() {
+            let tail = HistoryTail::default();
+            tails.insert((index, input), Arc::clone(&tail));
+            tables.push(Table {
+                name: of.metric.clone(),
+                sink: sink.name.clone(),
+                folder: folder.clone(),
+                schema: Arc::clone(&of.shape.schema),
+                tail: Some(tail),
+            });
+        }
+    }
+    (tables, tails)
+}

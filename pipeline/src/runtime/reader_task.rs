@@ -1,0 +1,176 @@
+//! The task that owns a source's connection: connects, reads, and connects again.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep, sleep_until};
+use tracing::{info, warn};
+
+use super::back_off::BackOff;
+use crate::error::{Error, Retry};
+use crate::plugin::{Acknowledger, PullReader, Pulled, PushReader, Reader, Record, Schedule, Source};
+use crate::status::{NodeState, NodeStatus};
+
+/// Arrivals that wait between the connection and the graph. With the records that an arrival may hold this is
+/// the bound of what is received but not yet taken in; beyond it the source is not polled.
+pub(crate) const ARRIVALS_MAX: usize = 32;
+
+/// A connection that lived this long was a good one: the next failure starts with the shortest wait again.
+const GOOD_CONNECTION: Duration = Duration::from_secs(5);
+
+/// What the connection hands to the graph.
+pub(crate) enum Arrival {
+    /// A new connection; acknowledgements go here from now on.
+    Connected(Option<Box<dyn Acknowledger>>),
+    /// The connection is lost.
+    Disconnected,
+    /// Rows of a pull source.
+    Rows(Pulled),
+    /// Records of a push source.
+    Records(Vec<Record>),
+    /// Nobody wants the rows: the source waits.
+    Unwanted,
+    /// A bounded source has reached its end, or the source has failed for good.
+    Ended,
+}
+
+pub(crate) struct ReaderTask {
+    pub(crate) source: Box<dyn Source>,
+    pub(crate) schedule: Schedule,
+    pub(crate) position: Option<Vec<u8>>,
+    pub(crate) arrivals: mpsc::Sender<Arrival>,
+    pub(crate) wanted: watch::Receiver<bool>,
+    pub(crate) status: Arc<NodeStatus>,
+}
+
+/// Why reading stopped.
+enum Stop {
+    /// The graph is gone.
+    Closed,
+    /// The end of a bounded source.
+    End,
+    Error(Error),
+}
+
+impl ReaderTask {
+    /// Runs until the source ends, fails for good, or the receiver of arrivals is dropped.
+    pub(crate) async fn run(mut self) {
+        let arrivals = self.arrivals.clone();
+        tokio::select! {
+            () = arrivals.closed() => {}
+            () = self.connect_and_read() => {}
+        }
+    }
+
+    async fn connect_and_read(&mut self) {
+        let mut back_off = BackOff::new(crate::time::now_us() as u64 ^ self.status.name.len() as u64);
+        loop {
+            let error = match self.source.connect(self.position.as_deref()).await {
+                Ok(reader) => {
+                    info!(source = %self.status.name, "connected");
+                    self.status.set_state(NodeState::Healthy);
+                    let since = Instant::now();
+                    match self.read(reader).await {
+                        Stop::Closed => return,
+                        Stop::End => {
+                            self.status.set_state(NodeState::Ended);
+                            let _ = self.arrivals.send(Arrival::Ended).await;
+                            return;
+                        }
+                        Stop::Error(error) => {
+                            if since.elapsed() > GOOD_CONNECTION {
+                                back_off.reset();
+                            }
+                            let _ = self.arrivals.send(Arrival::Disconnected).await;
+                            error
+                        }
+                    }
+                }
+                Err(error) => error,
+            };
+            self.status.errors.fetch_add(1, Relaxed);
+            if error.retry == Retry::Never {
+                tracing::error!(source = %self.status.name, "{error}");
+                self.status.set_state(NodeState::Failed(error.to_string()));
+                let _ = self.arrivals.send(Arrival::Ended).await;
+                return;
+            }
+            let wait = back_off.wait();
+            warn!(source = %self.status.name, "{error}; trying again in {:.1} s", wait.as_secs_f64());
+            self.status.set_state(NodeState::Retrying(error.to_string()));
+            sleep(wait).await;
+        }
+    }
+
+    async fn read(&mut self, reader: Reader) -> Stop {
+        match reader {
+            Reader::Push(reader, acknowledger) => {
+                if self.arrivals.send(Arrival::Connected(Some(acknowledger))).await.is_err() {
+                    return Stop::Closed;
+                }
+                self.push(reader).await
+            }
+            Reader::Pull(reader) => {
+                if self.arrivals.send(Arrival::Connected(None)).await.is_err() {
+                    return Stop::Closed;
+                }
+                self.pull(reader).await
+            }
+        }
+    }
+
+    async fn push(&mut self, mut reader: Box<dyn PushReader>) -> Stop {
+        loop {
+            match reader.next().await {
+                Ok(records) => {
+                    self.status.polls.fetch_add(1, Relaxed);
+                    if self.arrivals.send(Arrival::Records(records)).await.is_err() {
+                        return Stop::Closed;
+                    }
+                }
+                Err(error) => return Stop::Error(error),
+            }
+        }
+    }
+
+    async fn pull(&mut self, mut reader: Box<dyn PullReader>) -> Stop {
+        let mut due = Instant::now();
+        loop {
+            if !*self.wanted.borrow_and_update() {
+                if self.arrivals.send(Arrival::Unwanted).await.is_err() {
+                    return Stop::Closed;
+                }
+                if self.wanted.wait_for(|wanted| *wanted).await.is_err() {
+                    return Stop::Closed;
+                }
+                // The first demand polls at once.
+                due = Instant::now();
+            }
+            if let Schedule::Every(every) = self.schedule {
+                tokio::select! {
+                    () = sleep_until(due) => {}
+                    changed = self.wanted.changed() => match changed {
+                        Ok(()) => continue,
+                        Err(_) => return Stop::Closed,
+                    },
+                }
+                due = Instant::max(due + every, Instant::now());
+            }
+            let pulled = match reader.next().await {
+                Ok(Some(pulled)) => pulled,
+                Ok(None) => return Stop::End,
+                Err(error) => return Stop::Error(error),
+            };
+            self.status.polls.fetch_add(1, Relaxed);
+            if pulled.more {
+                due = Instant::now();
+            }
+            self.position = Some(pulled.position.clone());
+            if self.arrivals.send(Arrival::Rows(pulled)).await.is_err() {
+                return Stop::Closed;
+            }
+        }
+    }
+}

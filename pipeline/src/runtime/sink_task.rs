@@ -1,0 +1,139 @@
+//! The task that feeds one sink.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use tokio::sync::mpsc;
+use tokio::task::block_in_place;
+use tokio::time::sleep;
+use tracing::warn;
+
+use super::back_off::BackOff;
+use super::coordinator::Report;
+use super::edge::{Barrier, Event, Inputs};
+use super::outbox::Outbox;
+use crate::batch::Batch;
+use crate::error::{Error, Result, Retry};
+use crate::plugin::{LiveSink, StagingSink};
+use crate::state::StateWriter;
+use crate::status::{NodeState, NodeStatus};
+
+pub(crate) struct SinkTask {
+    pub(crate) name: String,
+    pub(crate) key: String,
+    pub(crate) inputs: Inputs,
+    pub(crate) sink: Running,
+    pub(crate) status: Arc<NodeStatus>,
+    pub(crate) reports: mpsc::Sender<Report>,
+    /// Numbers of checkpoints that are durable.
+    pub(crate) commits: mpsc::Receiver<u64>,
+}
+
+/// A sink of one of the three kinds.
+pub(crate) enum Running {
+    Live(Box<dyn LiveSink>),
+    Staging(Box<dyn StagingSink>),
+    Outbox(Arc<Outbox>),
+}
+
+impl SinkTask {
+    /// Runs until the inputs have ended and the last checkpoint is committed.
+    pub(crate) async fn run(mut self) {
+        if !matches!(self.sink, Running::Outbox(_)) {
+            self.status.set_state(NodeState::Healthy);
+        }
+        loop {
+            tokio::select! {
+                biased;
+                commit = self.commits.recv() => match commit {
+                    Some(checkpoint) => self.commit(checkpoint).await,
+                    // The coordinator has gone: no checkpoint will come any more.
+                    None => return,
+                },
+                event = self.inputs.next() => match event {
+                    Event::Batch(input, batch, number) => {
+                        self.status.queue.store(self.inputs.queued() as u64, Relaxed);
+                        self.write(input, &batch, number).await;
+                    }
+                    Event::Barrier(barrier) => self.barrier(barrier).await,
+                    Event::Watermark(..) | Event::Idle(..) => {}
+                    Event::End => break,
+                },
+            }
+        }
+        while let Some(checkpoint) = self.commits.recv().await {
+            self.commit(checkpoint).await;
+        }
+    }
+
+    async fn write(&mut self, input: usize, batch: &Batch, number: u64) {
+        self.status.rows_in.fetch_add(batch.len() as u64, Relaxed);
+        match &mut self.sink {
+            Running::Live(sink) => sink.write(input, batch, number),
+            Running::Outbox(outbox) => outbox.put(input, batch.rows()).await,
+            Running::Staging(sink) => {
+                let mut back_off = BackOff::new(number);
+                // Nothing may be lost: an error holds the stream here until there is room again.
+                while let Err(error) = block_in_place(|| sink.write(input, batch, number)) {
+                    self.status.errors.fetch_add(1, Relaxed);
+                    if error.retry == Retry::Never {
+                        tracing::error!(sink = %self.name, "{error}; {} rows are lost", batch.len());
+                        self.status.dropped_rows.fetch_add(batch.len() as u64, Relaxed);
+                        self.status.set_state(NodeState::Failed(error.to_string()));
+                        return;
+                    }
+                    let wait = back_off.wait();
+                    warn!(sink = %self.name, "{error}; trying again in {:.1} s", wait.as_secs_f64());
+                    self.status.set_state(NodeState::Retrying(error.to_string()));
+                    sleep(wait).await;
+                }
+            }
+        }
+        if !matches!(self.sink, Running::Outbox(_)) {
+            self.status.rows_out.fetch_add(batch.len() as u64, Relaxed);
+        }
+    }
+
+    async fn barrier(&mut self, barrier: Barrier) {
+        let mut state = StateWriter::default();
+        let prepared: Result<()> = match &mut self.sink {
+            Running::Live(_) => Ok(()),
+            Running::Staging(sink) => block_in_place(|| sink.prepare(barrier.checkpoint, barrier.last, &mut state)),
+            Running::Outbox(outbox) => {
+                if barrier.last {
+                    outbox.drain().await;
+                }
+                outbox.snapshot(&mut state)
+            }
+        };
+        if let (Running::Staging(_), Err(error)) = (&self.sink, &prepared) {
+            self.status.errors.fetch_add(1, Relaxed);
+            warn!(sink = %self.name, "checkpoint {}: {error}; the rows are kept for the next one", barrier.checkpoint);
+            self.status.set_state(NodeState::Retrying(error.to_string()));
+        } else if let Running::Staging(_) = &self.sink {
+            self.healthy_again();
+        }
+        let state = prepared.map(|()| state.finish());
+        let _ = self.reports.send(Report::Prepared(self.key.clone(), barrier.checkpoint, state)).await;
+    }
+
+    fn healthy_again(&self) {
+        if matches!(self.status.state(), NodeState::Retrying(_)) {
+            self.status.set_state(NodeState::Healthy);
+        }
+    }
+
+    async fn commit(&mut self, checkpoint: u64) {
+        let result = match &mut self.sink {
+            Running::Staging(sink) => block_in_place(|| sink.commit(checkpoint)),
+            Running::Live(_) | Running::Outbox(_) => Ok(()),
+        };
+        if let Err(error) = &result {
+            self.status.errors.fetch_add(1, Relaxed);
+            tracing::error!(sink = %self.name, "publishing checkpoint {checkpoint}: {error}");
+            self.status.set_state(NodeState::Retrying(error.to_string()));
+        }
+        let committed = result.map_err(|error: Error| error.to_string());
+        let _ = self.reports.send(Report::Committed(self.key.clone(), checkpoint, committed)).await;
+    }
+}
