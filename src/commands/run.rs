@@ -1,0 +1,57 @@
+//! `pipeline run`: runs the graph until its end, Ctrl-C or SIGTERM.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use pipeline::runtime::{self, Options, Stopped};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::info;
+
+use super::{Failure, by_blame, load};
+
+/// The web page: path, content type, text.
+const PAGES: &[(&str, &str, &str)] = &[("/", "text/html; charset=utf-8", include_str!("../../dashboard/index.html"))];
+
+#[derive(Debug, Args)]
+pub(super) struct Run {
+    /// The YAML file [default: pipelines.yaml]
+    file: Option<PathBuf>,
+    /// Take no new rows: close every window of the last checkpoint, publish, and end
+    #[arg(long)]
+    drain: bool,
+}
+
+impl Run {
+    pub(super) fn run(self) -> Result<(), Failure> {
+        let graph = load(self.file.as_deref())?.graph()?;
+        let bounded = graph.is_bounded();
+        let options = Options { drain: self.drain, pages: PAGES.to_vec() };
+        if !bounded && !self.drain {
+            info!("listening on http://{}/", graph.listen);
+        }
+        let outcome = runtime::run(graph, options, stop_signal()).map_err(|error| by_blame(&error))?;
+        for (node, reason) in &outcome.failed {
+            eprintln!("error: {node}: {reason}");
+        }
+        match outcome.stopped {
+            // Whoever stops a graph knows its health; a graph that ran to its end must say that a part of it failed.
+            Stopped::Ended if !outcome.failed.is_empty() => {
+                Err(Failure { message: String::new(), code: Failure::RUNNING })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Resolves on Ctrl-C or SIGTERM.
+async fn stop_signal() {
+    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        // Without signal handlers the default action ends the process.
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = interrupt.recv() => info!("Ctrl-C: stopping"),
+        _ = terminate.recv() => info!("SIGTERM: stopping"),
+    }
+}
