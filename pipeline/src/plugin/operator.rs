@@ -78,6 +78,12 @@ pub trait Operator: Send {
         0
     }
 
+    /// Rows so far for which an expression failed (a division by zero): their value was null. The engine
+    /// counts them as errors of the pipeline.
+    fn failed_rows(&self) -> u64 {
+        0
+    }
+
     /// Writes the whole state. Must not change it.
     fn snapshot(&self, _state: &mut StateWriter) {}
 
