@@ -37,7 +37,8 @@ pub struct StreamShape {
     pub schema: SchemaRef,
     /// The key columns: a window's `group_by`, or a pipeline's `key`. Empty if there are none.
     pub keys: Vec<String>,
-    /// Whether a window made the rows: they then carry `window_start`, `window_end`, `rows`, `stage`, `revision`.
+    /// Whether a window made the rows: they then carry `window_start`, `window_end`, `stage`, `revision`, and `rows`
+    /// unless a step has dropped it.
     pub windowed: bool,
 }
 
