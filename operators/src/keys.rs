@@ -60,7 +60,7 @@ pub(crate) fn key_columns(
 pub(crate) struct Keys<'a> {
     columns: Vec<Column<'a>>,
     buffer: Vec<u8>,
-    has_null: bool,
+    nulls: usize,
 }
 
 /// A key column with its type resolved once.
@@ -82,15 +82,15 @@ impl<'a> Keys<'a> {
     /// Over the columns `columns` of `rows`, each of a type that [`can_be_key`].
     pub(crate) fn new(rows: &'a RecordBatch, columns: &[usize]) -> Result<Self> {
         let columns = columns.iter().map(|&index| Column::new(rows.column(index))).collect::<Result<Vec<_>>>()?;
-        Ok(Self { columns, buffer: Vec::new(), has_null: false })
+        Ok(Self { columns, buffer: Vec::new(), nulls: 0 })
     }
 
     /// The key of one row.
     pub(crate) fn encode(&mut self, row: usize) -> &[u8] {
         self.buffer.clear();
-        self.has_null = false;
+        self.nulls = 0;
         for column in &self.columns {
-            self.has_null |= !column.write(row, &mut self.buffer);
+            self.nulls += usize::from(!column.write(row, &mut self.buffer));
         }
         &self.buffer
     }
@@ -98,7 +98,12 @@ impl<'a> Keys<'a> {
     /// The key of one row, unless a part of it is null.
     pub(crate) fn encode_whole(&mut self, row: usize) -> Option<&[u8]> {
         self.encode(row);
-        (!self.has_null).then_some(&self.buffer)
+        (self.nulls == 0).then_some(&self.buffer)
+    }
+
+    /// Whether all parts of the key encoded last were null.
+    pub(crate) fn is_null(&self) -> bool {
+        self.nulls == self.columns.len()
     }
 
     /// A hash of the key of one row, wide enough to stand for it: among a million keys two share one with a

@@ -1,6 +1,8 @@
 //! The operators of Tailwater, one file each. A new operator is one file, one `mod` line and one entry in the list.
 
+pub mod deduplicate;
 pub mod filter;
+pub mod join;
 pub mod select;
 
 mod keys;
@@ -10,8 +12,12 @@ mod testing;
 use pipeline::plugin::OperatorPlugin;
 
 /// Every operator, in the order of the documentation.
-pub const OPERATORS: &[OperatorPlugin] =
-    &[OperatorPlugin::of::<filter::FilterConfig>(), OperatorPlugin::of::<select::SelectConfig>()];
+pub const OPERATORS: &[OperatorPlugin] = &[
+    OperatorPlugin::of::<filter::FilterConfig>(),
+    OperatorPlugin::of::<select::SelectConfig>(),
+    OperatorPlugin::of::<deduplicate::DeduplicateConfig>(),
+    OperatorPlugin::of::<join::JoinConfig>(),
+];
 
 #[cfg(test)]
 mod tests {
