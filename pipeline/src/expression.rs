@@ -1,14 +1,28 @@
 //! SQL expressions over a batch: parsed, type-checked and planned by DataFusion when the graph is checked.
+//!
+//! Two things are ours. Every expression gives one of the engine's own types ([`engine_type`]): what DataFusion
+//! would give as `Utf8View`, `UInt64` or `Timestamp(ns)` is cast. And a row for which the expression fails
+//! (a division by zero, a text that is no number) is null and counted, where DataFusion fails the whole batch:
+//! otherwise one row could stop a graph, and results would depend on where batches are cut.
 
+use std::collections::HashMap;
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, LazyLock};
 
-use arrow::array::{ArrayRef, AsArray, BooleanArray};
+use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, RecordBatch, new_null_array};
+use arrow::compute::concat;
 use arrow::datatypes::{DataType, Field, SchemaRef};
+use arrow::error::ArrowError;
+use datafusion::common::tree_node::TreeNode;
 use datafusion::common::{Column, DFSchema, DataFusionError, ScalarValue, SchemaError};
 use datafusion::execution::context::{SessionConfig, SessionContext, SessionState};
+use datafusion::logical_expr::expr_rewriter::FunctionRewrite;
+use datafusion::logical_expr::simplify::SimplifyContext;
 use datafusion::logical_expr::{ColumnarValue, Expr};
+use datafusion::optimizer::simplify_expressions::ExprSimplifier;
 use datafusion::physical_expr::PhysicalExpr;
+use datafusion::physical_expr::expressions::cast;
 use datafusion::sql::sqlparser::ast;
 use datafusion::sql::sqlparser::dialect::GenericDialect;
 use datafusion::sql::sqlparser::parser::Parser;
@@ -16,7 +30,9 @@ use datafusion::sql::sqlparser::tokenizer::Tokenizer;
 
 use crate::batch::{Batch, EVENT_TIME, INGEST_TIME, with_hidden_columns};
 use crate::config::did_you_mean;
+use crate::epoch::EpochOfDuration;
 use crate::error::{Error, Result};
+use crate::schema::{engine_type, is_json};
 
 /// Longest text of one expression. The parser is recursive; longer ones are generated, not written.
 const TEXT_BYTES_MAX: usize = 16 * 1024;
@@ -52,13 +68,16 @@ impl ExpressionError {
     }
 }
 
-/// A checked expression, ready to run over batches of one schema.
+/// A checked expression, ready to run over batches of one schema. Clones share the count of failed rows.
 #[derive(Clone)]
 pub struct Expression {
     physical: Arc<dyn PhysicalExpr>,
     data_type: DataType,
+    /// Marks a `json` column that is passed on as it is.
+    metadata: HashMap<String, String>,
     nullable: bool,
     needs_hidden: bool,
+    failed_rows: Arc<AtomicU64>,
 }
 
 impl fmt::Debug for Expression {
@@ -89,18 +108,23 @@ impl Expression {
                 hint: None,
             });
         }
-        let context = SessionContext::new_with_state(state.clone());
-        let physical = context.create_physical_expr(logical, &df_schema).map_err(|e| describe(&e, text, schema))?;
-        let data_type = physical.data_type(&visible).map_err(|e| describe(&e, text, schema))?;
-        let nullable = physical.nullable(&visible).unwrap_or(true);
+        let physical = simplify(state, logical, &df_schema)
+            .and_then(|simple| state.create_physical_expr(simple, &df_schema))
+            .map_err(|e| describe(&e, text, schema))?;
+        let field = physical.return_field(&visible).map_err(|e| describe(&e, text, schema))?;
+        let data_type = column_type(field.data_type())?;
+        // The outermost cast takes the mark of JSON away where the text is no longer the column's own.
+        let metadata = if is_json(&field) { field.metadata().clone() } else { HashMap::new() };
+        let physical = cast(physical, &visible, data_type.clone()).map_err(|e| describe(&e, text, schema))?;
         let hidden_from = schema.fields().len();
         let needs_hidden = datafusion::physical_expr::utils::collect_columns(&physical)
             .iter()
             .any(|column| column.index() >= hidden_from);
-        Ok(Self { physical, data_type, nullable, needs_hidden })
+        let failed_rows = Arc::default();
+        Ok(Self { physical, data_type, metadata, nullable: field.is_nullable(), needs_hidden, failed_rows })
     }
 
-    /// Type of the values.
+    /// Type of the values: one of the engine's own, see [`engine_type`].
     pub fn data_type(&self) -> &DataType {
         &self.data_type
     }
@@ -112,18 +136,39 @@ impl Expression {
 
     /// A field of this type with the name `name`. Always nullable: a column's values come and go.
     pub fn field(&self, name: &str) -> Field {
-        Field::new(name, self.data_type.clone(), true)
+        Field::new(name, self.data_type.clone(), true).with_metadata(self.metadata.clone())
     }
 
-    /// One value per row of `batch`, whose visible schema must be the one compiled against.
+    /// Rows so far for which the expression failed: they are null.
+    pub fn failed_rows(&self) -> u64 {
+        self.failed_rows.load(Relaxed)
+    }
+
+    /// One value per row of `batch`, whose visible schema must be the one compiled against. Null where the
+    /// expression fails for a row.
     pub fn evaluate(&self, batch: &Batch) -> Result<ArrayRef> {
-        let value = if self.needs_hidden {
-            self.physical.evaluate(&batch.with_hidden()?)
-        } else {
-            self.physical.evaluate(batch.rows())
-        };
-        let array = value.and_then(|value| value.into_array(batch.len()));
-        array.map_err(|e| Error::internal("expression").because(e))
+        if self.needs_hidden { self.evaluate_rows(&batch.with_hidden()?) } else { self.evaluate_rows(batch.rows()) }
+    }
+
+    fn evaluate_rows(&self, rows: &RecordBatch) -> Result<ArrayRef> {
+        match self.physical.evaluate(rows).and_then(|value| value.into_array(rows.num_rows())) {
+            Ok(array) => Ok(array),
+            Err(error) if is_of_a_row(&error) => self.evaluate_halves(rows),
+            Err(error) => Err(Error::internal("expression").because(error)),
+        }
+    }
+
+    /// Finds the rows that fail by halving: few failing rows cost little more than none.
+    fn evaluate_halves(&self, rows: &RecordBatch) -> Result<ArrayRef> {
+        let length = rows.num_rows();
+        if length <= 1 {
+            self.failed_rows.fetch_add(length as u64, Relaxed);
+            return Ok(new_null_array(&self.data_type, length));
+        }
+        let middle = length / 2;
+        let left = self.evaluate_rows(&rows.slice(0, middle))?;
+        let right = self.evaluate_rows(&rows.slice(middle, length - middle))?;
+        Ok(concat(&[left.as_ref() as &dyn Array, right.as_ref()])?)
     }
 
     /// As [`Self::evaluate`] for a condition: null counts as false.
@@ -136,7 +181,7 @@ impl Expression {
     pub fn constant(text: &str, expression: ast::Expr) -> Result<ScalarValue, ExpressionError> {
         let empty: SchemaRef = Arc::new(arrow::datatypes::Schema::empty());
         let compiled = Self::of_ast(text, expression, &empty)?;
-        let one = arrow::array::RecordBatch::try_new_with_options(
+        let one = RecordBatch::try_new_with_options(
             empty,
             Vec::new(),
             &arrow::array::RecordBatchOptions::new().with_row_count(Some(1)),
@@ -157,6 +202,8 @@ static STATE: LazyLock<SessionState> = LazyLock::new(|| {
     let mut config = SessionConfig::new();
     config.options_mut().sql_parser.enable_ident_normalization = false;
     config.options_mut().sql_parser.collect_spans = true;
+    // `CAST(x AS VARCHAR)` gives the engine's own text at once, not a view to be copied afterwards.
+    config.options_mut().sql_parser.map_string_types_to_utf8view = false;
     SessionContext::new_with_config(config).state()
 });
 
@@ -203,6 +250,52 @@ fn refuse_varying(text: &str) -> Result<(), ExpressionError> {
         }
     }
     Ok(())
+}
+
+/// Folds constants and rewrites functions that exist as rewrites only: `coalesce` is a `CASE`.
+fn simplify(state: &SessionState, expression: Expr, schema: &DFSchema) -> Result<Expr, DataFusionError> {
+    let context = SimplifyContext::builder()
+        .with_schema(Arc::new(schema.clone()))
+        .with_config_options(Arc::clone(state.config_options()))
+        .build();
+    let simplifier = ExprSimplifier::new(context);
+    let coerced = simplifier.coerce(expression, schema)?;
+    let options = state.config_options();
+    let rewritten = coerced.transform_up(|part| EpochOfDuration.rewrite(part, schema, options))?.data;
+    simplifier.simplify(rewritten)
+}
+
+/// The engine's type for what an expression gives, or what to do where there is none.
+fn column_type(data_type: &DataType) -> Result<DataType, ExpressionError> {
+    engine_type(data_type).ok_or_else(|| {
+        let hint = match data_type {
+            DataType::Duration(_) => Some("in seconds: `extract(epoch from a - b)`"),
+            DataType::Interval(_) => Some("add it to a timestamp, or write a number of seconds"),
+            DataType::Map(_, _) => Some("a fixed set of names is a struct: `named_struct('a', a, 'b', b)`"),
+            _ => None,
+        };
+        let message = format!("{data_type} is no type that a column can have");
+        ExpressionError { offset: None, message, hint: hint.map(str::to_owned) }
+    })
+}
+
+/// Whether evaluation failed because of a value, so that other rows may do.
+fn is_of_a_row(error: &DataFusionError) -> bool {
+    match error {
+        DataFusionError::ArrowError(error, _) => matches!(
+            **error,
+            ArrowError::CastError(_)
+                | ArrowError::ParseError(_)
+                | ArrowError::ComputeError(_)
+                | ArrowError::DivideByZero
+                | ArrowError::ArithmeticOverflow(_)
+                | ArrowError::InvalidArgumentError(_)
+        ),
+        DataFusionError::Execution(_) | DataFusionError::External(_) => true,
+        DataFusionError::Context(_, inner) | DataFusionError::Diagnostic(_, inner) => is_of_a_row(inner),
+        DataFusionError::Collection(errors) => errors.iter().all(is_of_a_row),
+        _ => false,
+    }
 }
 
 fn contains_aggregate(expression: &Expr) -> bool {
@@ -270,4 +363,157 @@ fn character_offset(text: &str, line: u64, column: u64) -> Option<usize> {
     }
     let before: usize = text.split('\n').take(usize::try_from(line).ok()? - 1).map(|l| l.chars().count() + 1).sum();
     Some(before + usize::try_from(column).ok()? - 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::{Stage, Times};
+    use crate::config::Fields;
+    use crate::json::encode_rows;
+    use crate::rows::RowsBuilder;
+    use crate::schema::FieldType;
+
+    const COLUMNS: [(&str, FieldType); 7] = [
+        ("name", FieldType::String),
+        ("pending", FieldType::Int),
+        ("failed", FieldType::Int),
+        ("latency_ms", FieldType::Float),
+        ("ts", FieldType::Timestamp(None)),
+        ("due", FieldType::Timestamp(None)),
+        ("payload", FieldType::Json),
+    ];
+
+    /// Rows over [`COLUMNS`] from JSON objects; event time is 1 s, ingest time 2 s.
+    fn batch(rows: &[&str]) -> Batch {
+        let mut builder = RowsBuilder::new(&[], &Fields::of(COLUMNS));
+        for row in rows {
+            builder.push_json(row.as_bytes()).expect("a row");
+        }
+        let times = Times::constant(1_000_000, 2_000_000, i64::MIN, rows.len());
+        Batch::new(builder.finish().expect("rows"), times, Stage::Final).expect("a batch")
+    }
+
+    fn compile(text: &str) -> Result<Expression, ExpressionError> {
+        Expression::compile(text, batch(&[]).rows().schema_ref())
+    }
+
+    /// The values of `text` over `batch` as JSON rows `{"v":…}`.
+    fn values(text: &str, batch: &Batch) -> Vec<String> {
+        let expression = compile(text).unwrap_or_else(|e| panic!("{text}: {e:?}"));
+        let array = expression.evaluate(batch).unwrap_or_else(|e| panic!("{text}: {e}"));
+        assert_eq!(array.data_type(), expression.data_type(), "{text}");
+        assert_eq!(engine_type(array.data_type()).as_ref(), Some(array.data_type()), "{text}");
+        let schema = Arc::new(arrow::datatypes::Schema::new(vec![expression.field("v")]));
+        let rows = RecordBatch::try_new(schema, vec![array]).unwrap_or_else(|e| panic!("{text}: {e}"));
+        encode_rows(&rows).iter().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn the_usual_expressions_give_the_engines_own_types() {
+        let row = batch(&[concat!(
+            r#"{"name": "Press 7", "pending": 7, "failed": 2, "latency_ms": 12.345, "ts": "2026-11-20T12:34:56.5Z","#,
+            r#" "due": "2026-11-20T12:34:50Z", "payload": {"a": 1}}"#
+        )]);
+        for (text, expected) in [
+            ("round(latency_ms, 1)", "12.3"),
+            ("round(latency_ms)", "12.0"),
+            ("pending / failed", "3"),
+            ("pending * 1.0 / failed", "3.5"),
+            ("coalesce(NULL, failed, 0)", "2"),
+            ("case when pending > 5 then 'busy' else 'idle' end", r#""busy""#),
+            ("case name when 'x' then 1 end", "null"),
+            ("nullif(failed, 2)", "null"),
+            ("greatest(pending, failed)", "7"),
+            ("abs(-3) + power(2, 3) + sqrt(16.0)", "15.0"),
+            ("upper(name) || '!'", r#""PRESS 7!""#),
+            ("concat(lower(name), '-', CAST(pending AS VARCHAR))", r#""press 7-7""#),
+            ("split_part(name, ' ', 2)", r#""7""#),
+            ("substr(trim(name), 1, 3)", r#""Pre""#),
+            ("replace(name, ' ', '_')", r#""Press_7""#),
+            ("length(name)", "7"),
+            ("regexp_replace(name, '[0-9]+', '#')", r#""Press #""#),
+            ("name like 'Press%' and name is not null", "true"),
+            ("pending in (1, 7)", "true"),
+            ("pending between 1 and 3", "false"),
+            ("arrow_cast(pending, 'UInt64')", "7"),
+            ("arrow_cast(latency_ms, 'Float32') > 12", "true"),
+            ("arrow_cast(name, 'Dictionary(Int32, Utf8)')", r#""Press 7""#),
+            ("CAST(pending AS INT)", "7"),
+            ("CAST(latency_ms AS DECIMAL(60, 2))", r#""12.35""#),
+            ("CAST('2026-11-20' AS DATE)", r#""2026-11-20""#),
+            ("date_trunc('minute', ts)", r#""2026-11-20T12:34:00.000Z""#),
+            ("date_bin(interval '15 minutes', ts)", r#""2026-11-20T12:30:00.000Z""#),
+            ("to_timestamp('2026-11-20T12:00:00Z')", r#""2026-11-20T12:00:00.000Z""#),
+            ("to_timestamp(1)", r#""1970-01-01T00:00:01.000Z""#),
+            ("to_timestamp_millis(1500)", r#""1970-01-01T00:00:01.500Z""#),
+            ("ts + interval '1 second'", r#""2026-11-20T12:34:57.500Z""#),
+            ("extract(hour from ts)", "12"),
+            ("extract(epoch from ts)", "1795178096.5"),
+            ("extract(epoch from ts - due)", "6.5"),
+            ("ts > due", "true"),
+            ("ts > '2026-01-01T00:00:00Z'", "true"),
+            ("event_time", r#""1970-01-01T00:00:01.000Z""#),
+            ("ingest_time", r#""1970-01-01T00:00:02.000Z""#),
+            ("payload", r#"{"a": 1}"#),
+            ("NULL", "null"),
+            ("named_struct('pending', pending, 'failed', failed)", r#"{"pending":7,"failed":2}"#),
+            ("struct(pending, name)", r#"{"c0":7,"c1":"Press 7"}"#),
+            ("named_struct('q', named_struct('n', arrow_cast(pending, 'UInt8')))", r#"{"q":{"n":7}}"#),
+            ("named_struct('a', pending)['a']", "7"),
+            ("get_field(named_struct('a', pending), 'a')", "7"),
+            ("[pending, failed]", "[7,2]"),
+            ("array_length([pending, failed])", "2"),
+        ] {
+            assert_eq!(values(text, &row), [format!(r#"{{"v":{expected}}}"#)], "{text}");
+        }
+    }
+
+    #[test]
+    fn a_type_that_no_column_has_is_an_error_with_a_way_out() {
+        for (text, hint) in [
+            ("ts - due", "extract(epoch from"),
+            ("interval '1 day'", "timestamp"),
+            ("named_struct('d', ts - due)", ""),
+            ("map(['a'], [pending])", "named_struct"),
+        ] {
+            let error = compile(text).expect_err(text);
+            assert!(error.message.contains("no type that a column can have"), "{text}: {error:?}");
+            assert!(error.hint.unwrap_or_default().contains(hint), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_row_that_fails_is_null_and_counted_and_the_others_are_not_touched() {
+        let rows: Vec<String> = (0..100)
+            .map(|n| {
+                format!(r#"{{"pending": {n}, "failed": {}, "name": "{}"}}"#, n % 7, if n == 3 { "x" } else { "5" })
+            })
+            .collect();
+        let rows = batch(&rows.iter().map(String::as_str).collect::<Vec<_>>());
+        for (text, failures) in [
+            ("pending / failed", 15),
+            ("CAST(name AS BIGINT)", 1),
+            ("case when failed <> 0 then pending / failed end", 0),
+        ] {
+            let expression = compile(text).expect(text);
+            let whole = expression.evaluate(&rows).expect(text);
+            assert_eq!(expression.failed_rows(), failures, "{text}");
+            for row in 0..rows.len() {
+                let one = expression.evaluate(&rows.slice(row, 1).expect("a row")).expect(text);
+                assert_eq!(one.as_ref(), whole.slice(row, 1).as_ref(), "{text} row {row}");
+            }
+        }
+        let condition = compile("pending / failed > 3").expect("a condition");
+        assert!(!condition.evaluate_condition(&rows).expect("a mask").value(0), "null counts as false");
+    }
+
+    #[test]
+    fn what_differs_from_run_to_run_is_refused_with_its_place() {
+        for text in ["1 + random()", "now() - ts", "uuid()", "current_timestamp > ts"] {
+            assert!(compile(text).expect_err(text).message.contains("differs from run to run"), "{text}");
+        }
+        let error = compile("pending + lateny_ms").expect_err("a typing mistake");
+        assert_eq!((error.offset, error.hint.as_deref()), (Some(10), Some("did you mean `latency_ms`?")));
+    }
 }

@@ -2,6 +2,7 @@
 
 pub mod batch;
 pub mod config;
+pub mod epoch;
 pub mod error;
 pub mod expression;
 pub mod graph;

@@ -6,7 +6,9 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
+use arrow::datatypes::{
+    DECIMAL128_MAX_PRECISION, DECIMAL128_MAX_SCALE, DataType, Field, Fields, Schema, SchemaRef, TimeUnit,
+};
 
 /// Key of the Arrow field metadata that marks a text column as JSON (Arrow's canonical extension types).
 const EXTENSION_NAME: &str = "ARROW:extension:name";
@@ -135,6 +137,45 @@ impl FieldType {
 /// `Timestamp(Microsecond, "UTC")`.
 pub fn timestamp_type() -> DataType {
     DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into()))
+}
+
+/// The engine's own type nearest to `data_type`, as [`FieldType::data_type`] gives them, so that history and JSON
+/// look the same whatever made the column. Structs and lists keep their shape; what they hold is changed alike.
+/// `None` for types with no counterpart: durations, intervals, maps, unions.
+pub fn engine_type(data_type: &DataType) -> Option<DataType> {
+    let within = |field: &Arc<Field>| -> Option<Arc<Field>> {
+        let inner = engine_type(field.data_type())?;
+        Some(Arc::new(field.as_ref().clone().with_data_type(inner).with_nullable(true)))
+    };
+    Some(match data_type {
+        DataType::Boolean => DataType::Boolean,
+        DataType::Int8 | DataType::Int16 | DataType::Int32 | DataType::Int64 => DataType::Int64,
+        DataType::UInt8 | DataType::UInt16 | DataType::UInt32 | DataType::UInt64 => DataType::Int64,
+        DataType::Float16 | DataType::Float32 | DataType::Float64 => DataType::Float64,
+        // A lone `NULL` has no type of its own; text shows it best.
+        DataType::Null | DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => DataType::Utf8,
+        DataType::Time32(_) | DataType::Time64(_) => DataType::Utf8,
+        DataType::Binary | DataType::LargeBinary | DataType::BinaryView | DataType::FixedSizeBinary(_) => {
+            DataType::Binary
+        }
+        DataType::Timestamp(_, _) => timestamp_type(),
+        DataType::Date32 | DataType::Date64 => DataType::Date32,
+        DataType::Decimal32(precision, scale)
+        | DataType::Decimal64(precision, scale)
+        | DataType::Decimal128(precision, scale)
+        | DataType::Decimal256(precision, scale) => {
+            DataType::Decimal128((*precision).min(DECIMAL128_MAX_PRECISION), (*scale).min(DECIMAL128_MAX_SCALE))
+        }
+        DataType::Dictionary(_, values) => engine_type(values)?,
+        DataType::RunEndEncoded(_, values) => engine_type(values.data_type())?,
+        DataType::Struct(fields) => DataType::Struct(fields.iter().map(within).collect::<Option<Fields>>()?),
+        DataType::List(item)
+        | DataType::LargeList(item)
+        | DataType::ListView(item)
+        | DataType::LargeListView(item)
+        | DataType::FixedSizeList(item, _) => DataType::List(within(item)?),
+        DataType::Duration(_) | DataType::Interval(_) | DataType::Map(_, _) | DataType::Union(_, _) => return None,
+    })
 }
 
 /// Whether a text column holds JSON.

@@ -4,3 +4,13 @@ use pipeline::plugin::SinkPlugin;
 
 /// Every sink, in the order of the documentation.
 pub const SINKS: &[SinkPlugin] = &[];
+
+#[cfg(test)]
+mod tests {
+    use pipeline::plugin::rules;
+
+    #[test]
+    fn every_sink_keeps_the_rules_of_plugins() {
+        assert_eq!(rules::broken_by_sinks(super::SINKS), Vec::<String>::new());
+    }
+}

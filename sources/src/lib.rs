@@ -4,3 +4,13 @@ use pipeline::plugin::SourcePlugin;
 
 /// Every source, in the order of the documentation.
 pub const SOURCES: &[SourcePlugin] = &[];
+
+#[cfg(test)]
+mod tests {
+    use pipeline::plugin::rules;
+
+    #[test]
+    fn every_source_keeps_the_rules_of_plugins() {
+        assert_eq!(rules::broken_by_sources(super::SOURCES), Vec::<String>::new());
+    }
+}

@@ -18,6 +18,7 @@
 
 pub mod operator;
 pub mod registry;
+pub mod rules;
 pub mod sink;
 pub mod source;
 

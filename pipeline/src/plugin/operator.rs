@@ -37,7 +37,8 @@ pub struct StreamShape {
     pub schema: SchemaRef,
     /// The key columns: a window's `group_by`, or a pipeline's `key`. Empty if there are none.
     pub keys: Vec<String>,
-    /// Whether a window made the rows: they then carry `window_start`, `window_end`, `rows`, `stage`, `revision`.
+    /// Whether a window made the rows: they then carry `window_start`, `window_end`, `stage`, `revision`, and `rows`
+    /// unless a step has dropped it.
     pub windowed: bool,
 }
 
@@ -75,6 +76,12 @@ pub trait Operator: Send {
 
     /// Rows that came too late so far.
     fn late_rows(&self) -> u64 {
+        0
+    }
+
+    /// Rows so far for which an expression failed (a division by zero): their value was null. The engine
+    /// counts them as errors of the pipeline.
+    fn failed_rows(&self) -> u64 {
         0
     }
 
