@@ -4,7 +4,6 @@
 //! equally long.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -15,6 +14,7 @@ use arrow::array::{
 use arrow::compute::kernels::cast_utils::parse_decimal;
 use arrow::datatypes::{Decimal128Type, Schema, SchemaRef};
 use chrono::{Datelike, NaiveDate};
+use hashbrown::HashMap;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
@@ -91,6 +91,8 @@ pub struct RowsBuilder {
     columns: Vec<Column>,
     paths: Paths,
     rows: usize,
+    /// Memory of the row taken last, empty, for the next one: the hot loop allocates no row.
+    spare: Vec<Ready<'static>>,
 }
 
 /// A row being put together: one cell per column, null at first.
@@ -114,7 +116,7 @@ impl RowsBuilder {
         }
         let arrow_fields: Vec<_> = names.iter().zip(&types).map(|(name, t)| t.field(name)).collect();
         let columns = types.iter().map(|t| Column::new(*t)).collect();
-        Self { schema: Arc::new(Schema::new(arrow_fields)), names, types, columns, paths, rows: 0 }
+        Self { schema: Arc::new(Schema::new(arrow_fields)), names, types, columns, paths, rows: 0, spare: Vec::new() }
     }
 
     /// The schema of the batches.
@@ -132,8 +134,16 @@ impl RowsBuilder {
         self.rows == 0
     }
 
-    /// A row of nulls.
-    pub fn row<'a>(&self) -> Row<'a> {
+    /// A row of nulls, in the memory of the row that was taken or discarded last.
+    pub fn row<'a>(&mut self) -> Row<'a> {
+        let mut cells: Vec<Ready<'a>> = std::mem::take(&mut self.spare);
+        cells.resize(self.columns.len(), Ready::Null);
+        Row { cells }
+    }
+
+    /// A row of nulls in memory of its own: for one who shares the builder and only asks [`Self::set_json`]
+    /// whether messages are right. It may be set again and again.
+    pub fn row_apart<'a>(&self) -> Row<'a> {
         Row { cells: vec![Ready::Null; self.columns.len()] }
     }
 
@@ -152,18 +162,29 @@ impl RowsBuilder {
     }
 
     /// Takes the row.
-    pub fn push(&mut self, row: Row<'_>) {
-        for (column, cell) in self.columns.iter_mut().zip(row.cells) {
+    pub fn push(&mut self, mut row: Row<'_>) {
+        for (column, cell) in self.columns.iter_mut().zip(row.cells.drain(..)) {
             column.append(cell);
         }
         self.rows += 1;
+        self.spare = emptied(row.cells);
+    }
+
+    /// Gives the memory of a row that is not taken back for the next one. Dropping the row is right too.
+    pub fn discard(&mut self, row: Row<'_>) {
+        self.spare = emptied(row.cells);
     }
 
     /// Takes one JSON object as a row, or says why not.
     pub fn push_json(&mut self, message: &[u8]) -> Result<(), String> {
         let mut row = self.row();
-        self.set_json(&mut row, message)?;
-        self.push(row);
+        match self.set_json(&mut row, message) {
+            Ok(()) => self.push(row),
+            Err(wrong) => {
+                self.discard(row);
+                return Err(wrong);
+            }
+        }
         Ok(())
     }
 
@@ -178,6 +199,13 @@ impl RowsBuilder {
     fn field_error(&self, column: usize, wrong: &str) -> String {
         format!("field `{}`: {wrong}", self.names[column])
     }
+}
+
+/// The same memory with no cell in it, for cells of any lifetime: collecting a vector's own iterator into items
+/// of the same layout reuses its allocation.
+fn emptied<'a>(mut cells: Vec<Ready<'_>>) -> Vec<Ready<'a>> {
+    cells.clear();
+    cells.into_iter().map(|_| Ready::Null).collect()
 }
 
 /// serde_json's message without its line, which is always 1.
@@ -248,9 +276,11 @@ impl<'de: 'a, 'a> Visitor<'de> for ObjectSeed<'_, '_, 'a> {
                 self.set_raw(node, raw.get()).map_err(serde::de::Error::custom)?;
             } else {
                 let cell = map.next_value_seed(CellSeed)?;
-                for &column in &node.columns {
+                let Some((&last, others)) = node.columns.split_last() else { continue };
+                for &column in others {
                     self.builder.set(self.row, column, cell.clone()).map_err(serde::de::Error::custom)?;
                 }
+                self.builder.set(self.row, last, cell).map_err(serde::de::Error::custom)?;
             }
         }
         Ok(())
@@ -566,6 +596,27 @@ mod tests {
                 r#"{"topic":null,"n":null,"x":null,"whole":null,"t":null,"price":null,"day":null}"#,
             ]
         );
+    }
+
+    #[test]
+    fn rows_reuse_the_memory_of_the_row_before() {
+        let mut builder = RowsBuilder::new(&[], &fields(&[("a", "string", None), ("b", "int", None)]));
+        let first = builder.row();
+        let memory = first.cells.as_ptr() as usize;
+        builder.push(first);
+        for text in ["x", "y"] {
+            let text = text.to_owned(); // each row borrows from a message of its own
+            let mut row = builder.row();
+            assert_eq!(row.cells.as_ptr() as usize, memory);
+            assert_eq!(builder.set(&mut row, 0, Cell::Text(Cow::Borrowed(&text))), Ok(()));
+            builder.push(row);
+            let mut wrong = builder.row();
+            assert!(builder.set(&mut wrong, 1, Cell::Bool(true)).is_err());
+            builder.discard(wrong);
+        }
+        let rows = encode_rows(&builder.finish().expect("rows"));
+        let expected = [r#"{"a":null,"b":null}"#, r#"{"a":"x","b":null}"#, r#"{"a":"y","b":null}"#];
+        assert_eq!(rows.iter().collect::<Vec<_>>(), expected);
     }
 
     #[test]
