@@ -1,0 +1,170 @@
+//! The built binary, run as a user would, and plain HTTP to it.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+use super::{Process, Scratch, free_port, wait_for};
+
+/// The binary under test.
+pub const BINARY: &str = env!("CARGO_BIN_EXE_pipeline");
+
+/// A running `pipeline` with its own folder and port.
+pub struct Program {
+    /// The folder of its YAML, state and history.
+    pub scratch: Scratch,
+    /// Its HTTP port.
+    pub port: u16,
+    /// The process.
+    pub process: Process,
+}
+
+impl Program {
+    /// Starts the binary on `yaml`, in which `PORT` stands for its own free port, and waits until it answers.
+    pub fn start(yaml: &str) -> Self {
+        Self::start_in(Scratch::new(), free_port(), yaml)
+    }
+
+    /// As [`Self::start`], in a folder and on a port of the caller's.
+    pub fn start_in(scratch: Scratch, port: u16, yaml: &str) -> Self {
+        let yaml = if yaml.contains("server:") { yaml.to_owned() } else { format!("server: {{listen: 127.0.0.1:PORT}}\n{yaml}") };
+        scratch.write("pipelines.yaml", &yaml.replace("PORT", &port.to_string()));
+        let mut process = Process::start(Command::new(BINARY).arg("run").current_dir(scratch.path()));
+        wait_for("the program to answer", || {
+            assert!(process.is_running(), "the program ended: {}", process.printed());
+            get(port, "/health")
+        });
+        Self { scratch, port, process }
+    }
+
+    /// Waits until every node is connected.
+    pub fn wait_healthy(&self) {
+        wait_for("the program to be healthy", || {
+            let (_, health) = get(self.port, "/health")?;
+            (serde_json::from_str::<Value>(&health).ok()?["status"] == "healthy").then_some(())
+        });
+    }
+
+    /// `GET path` as JSON.
+    pub fn get(&self, path: &str) -> Value {
+        let (status, body) = get(self.port, path).unwrap_or_else(|| panic!("GET {path}: no answer"));
+        assert!(status < 500, "GET {path}: {status} {body}");
+        serde_json::from_str(&body).unwrap_or_else(|e| panic!("GET {path}: {e}: {body}"))
+    }
+
+    /// The rows of a query over HTTP.
+    pub fn query(&self, sql: &str) -> Value {
+        let body = serde_json::json!({"sql": sql}).to_string();
+        let (status, text) = request(self.port, "POST", "/api/v1/query", &body).expect("an answer to a query");
+        assert_eq!(status, 200, "{sql}: {text}");
+        serde_json::from_str(&text).expect("JSON rows")
+    }
+
+    /// Asks it to stop and expects exit code 0.
+    pub fn stop(mut self) -> Scratch {
+        self.process.signal("TERM");
+        let status = self.process.wait();
+        assert_eq!(status.code(), Some(0), "{}", self.process.printed());
+        self.scratch
+    }
+}
+
+/// Runs the binary to its end.
+pub fn run(folder: &Path, arguments: &[&str]) -> Output {
+    Command::new(BINARY).args(arguments).current_dir(folder).stdin(Stdio::null()).output().expect("the binary runs")
+}
+
+/// `GET`: status and body; `None` if nothing answers.
+pub fn get(port: u16, path: &str) -> Option<(u16, String)> {
+    request(port, "GET", path, "")
+}
+
+/// A whole HTTP exchange over its own connection.
+pub fn request(port: u16, method: &str, path: &str, body: &str) -> Option<(u16, String)> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+    let length = body.len();
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    );
+    stream.write_all(format!("{head}{body}").as_bytes()).ok()?;
+    let mut reader = BufReader::new(stream);
+    let (status, chunked) = read_head(&mut reader)?;
+    let mut bytes = Vec::new();
+    if chunked {
+        while let Some(chunk) = read_chunk(&mut reader) {
+            bytes.extend(chunk);
+        }
+    } else {
+        reader.read_to_end(&mut bytes).ok()?;
+    }
+    Some((status, String::from_utf8(bytes).expect("UTF-8")))
+}
+
+fn read_head(reader: &mut impl BufRead) -> Option<(u16, bool)> {
+    let mut line = String::new();
+    reader.read_line(&mut line).ok()?;
+    let status = line.split(' ').nth(1)?.parse().ok()?;
+    let mut chunked = false;
+    loop {
+        line.clear();
+        reader.read_line(&mut line).ok()?;
+        if line.trim().is_empty() {
+            return Some((status, chunked));
+        }
+        chunked |= line.to_lowercase().starts_with("transfer-encoding: chunked");
+    }
+}
+
+fn read_chunk(reader: &mut impl BufRead) -> Option<Vec<u8>> {
+    let mut line = String::new();
+    reader.read_line(&mut line).ok()?;
+    let length = usize::from_str_radix(line.trim(), 16).ok().filter(|length| *length > 0)?;
+    let mut chunk = vec![0; length + 2];
+    reader.read_exact(&mut chunk).ok()?;
+    chunk.truncate(length);
+    Some(chunk)
+}
+
+/// A stock SSE reader over HTTP/1.1.
+pub struct Sse {
+    reader: BufReader<TcpStream>,
+    text: String,
+    /// Status of the answer.
+    pub status: u16,
+}
+
+impl Sse {
+    /// Opens an event stream.
+    pub fn open(port: u16, path: &str) -> Self {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("a connection");
+        stream.set_read_timeout(Some(super::PATIENCE)).expect("a timeout");
+        let head = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n");
+        stream.write_all(head.as_bytes()).expect("a request");
+        let mut reader = BufReader::new(stream);
+        let (status, _) = read_head(&mut reader).expect("an answer");
+        Self { reader, text: String::new(), status }
+    }
+
+    /// The next event as (event, id, data).
+    pub fn next(&mut self) -> (String, String, String) {
+        loop {
+            if let Some(end) = self.text.find("\n\n") {
+                let block: String = self.text.drain(..end + 2).collect();
+                let field = |name: &str| {
+                    let lines = block.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+                    lines.map(|value| value.strip_prefix(' ').unwrap_or(value)).collect::<Vec<_>>().join("\n")
+                };
+                let (event, id, data) = (field("event"), field("id"), field("data"));
+                if !data.is_empty() {
+                    return (event, id, data);
+                }
+                continue;
+            }
+            let chunk = read_chunk(&mut self.reader).expect("more of the stream");
+            self.text.push_str(&String::from_utf8(chunk).expect("UTF-8"));
+        }
+    }
+}
