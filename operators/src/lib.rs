@@ -1,9 +1,9 @@
 //! The operators of Tailwater, one file each. A new operator is one file, one `mod` line and one entry in the list.
 
-pub mod deduplicate;
 pub mod filter;
-pub mod join;
 pub mod select;
+pub mod join;
+pub mod deduplicate;
 
 mod keys;
 #[cfg(test)]
@@ -15,8 +15,8 @@ use pipeline::plugin::OperatorPlugin;
 pub const OPERATORS: &[OperatorPlugin] = &[
     OperatorPlugin::of::<filter::FilterConfig>(),
     OperatorPlugin::of::<select::SelectConfig>(),
-    OperatorPlugin::of::<deduplicate::DeduplicateConfig>(),
     OperatorPlugin::of::<join::JoinConfig>(),
+    OperatorPlugin::of::<deduplicate::DeduplicateConfig>(),
 ];
 
 #[cfg(test)]
