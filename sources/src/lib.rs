@@ -1,9 +1,21 @@
 //! The sources of Tailwater, one file each. A new source is one file, one `mod` line and one entry in the list.
 
+pub mod generate;
+pub mod host;
+pub mod self_metrics;
+
+mod fixed;
+#[cfg(test)]
+mod testing;
+
 use pipeline::plugin::SourcePlugin;
 
 /// Every source, in the order of the documentation.
-pub const SOURCES: &[SourcePlugin] = &[];
+pub const SOURCES: &[SourcePlugin] = &[
+    SourcePlugin::of::<generate::GenerateConfig>(),
+    SourcePlugin::of::<host::HostConfig>(),
+    SourcePlugin::of::<self_metrics::SelfConfig>(),
+];
 
 #[cfg(test)]
 mod tests {
