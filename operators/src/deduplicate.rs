@@ -224,7 +224,7 @@ mod tests {
     use pipeline::schema::FieldType;
 
     use super::*;
-    use crate::testing::{Case, Columns, row};
+    use crate::testing::{Case, Columns, Random, row};
 
     const COLUMNS: Columns<'static> = &[("id", FieldType::String), ("part", FieldType::Int)];
 
@@ -284,6 +284,37 @@ mod tests {
         let (one, two, five) = (none("1"), none("2"), none("5"));
         let expected = [one.as_str(), two.as_str(), r#"3 {"id":"a","part":null}"#, five.as_str()];
         case("deduplicate: {key: [id, part], window: 10s}", 0.0).gives(&rows, &expected);
+    }
+
+    #[test]
+    fn random_rows_pass_as_a_search_through_all_that_passed_says() {
+        const WINDOW_US: i64 = 100;
+        const LATENESS_US: i64 = 250;
+        for seed in 1..=20 {
+            let mut random = Random(seed);
+            let mut step = Deduplicate::new(vec![0], WINDOW_US, ROWS_MAX);
+            let (mut passed, mut newest) = (Vec::<(u128, i64)>::new(), 0);
+            for _ in 0..2_000 {
+                let watermark = newest - LATENESS_US;
+                // One row in ten is later than allowed.
+                let late_max = if random.below(10) == 0 { 600 } else { LATENESS_US as u64 };
+                let late = random.below(late_max);
+                let (hash, time) = (u128::from(random.below(4)), newest + 20 - late as i64);
+                let same = |(other, at): &(u128, i64)| {
+                    *other == hash && (at - time).abs() < WINDOW_US && *at > watermark - WINDOW_US
+                };
+                let expected = !passed.iter().any(same);
+                assert_eq!(step.passes(hash, time, watermark), expected, "seed {seed}, row at {time}");
+                if expected {
+                    passed.push((hash, time));
+                }
+                newest = newest.max(time);
+                if random.below(5) == 0 {
+                    step.forget_until(newest - LATENESS_US - WINDOW_US);
+                }
+            }
+            assert!(step.by_time.len() < 100, "old rows are forgotten");
+        }
     }
 
     #[test]

@@ -321,6 +321,11 @@ impl Operator for Join {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use arrow::array::{Int64Array, StringArray};
+    use pipeline::batch::{Stage, Times};
+    use pipeline::expression::Expression;
     use pipeline::schema::{FieldType, schema_of};
 
     use super::*;
@@ -396,6 +401,35 @@ mod tests {
             &rows,
             &[r#"1 {"id":"a","part":2,"n":null,"site":"two"}"#, r#"1 {"id":"a","part":null,"n":null,"site":null}"#],
         );
+    }
+
+    #[test]
+    fn nested_columns_survive_the_table_and_a_restart() {
+        let plain = schema_of([("k", FieldType::Int), ("name", FieldType::String)]);
+        let text = "named_struct('name', name, 'list', [k, k + 1], 'deep', named_struct('k', k))";
+        let nested = Expression::compile(text, &plain).expect("an expression");
+        let keys: ArrayRef = Arc::new(Int64Array::from(vec![1, 2]));
+        let names: ArrayRef = Arc::new(StringArray::from(vec![Some("one"), None]));
+        let rows = RecordBatch::try_new(plain, vec![ArrayRef::clone(&keys), names]).expect("rows");
+        let batch = |rows| Batch::new(rows, Times::constant(1, 1, i64::MIN, 2), Stage::Final).expect("a batch");
+        let values = nested.evaluate(&batch(rows)).expect("structs");
+
+        let side = SchemaRef::new(Schema::new(vec![FieldType::Int.field("k"), nested.field("v")]));
+        let join = || Join::new([vec![0], vec![0]], vec![1], &side, SchemaRef::clone(&side), 3).expect("a join");
+        let rows = RecordBatch::try_new(SchemaRef::clone(&side), vec![keys, values]).expect("rows");
+        let mut first = join();
+        first.process(1, batch(rows), &mut Output::default()).expect("side rows");
+        let mut state = StateWriter::default();
+        first.snapshot(&mut state);
+        let mut second = join();
+        second.restore(&mut StateReader::new(&state.finish())).expect("restore");
+
+        let main: ArrayRef = Arc::new(Int64Array::from(vec![3, 1]));
+        let main = RecordBatch::try_new(schema_of([("k", FieldType::Int)]), vec![main]).expect("rows");
+        let mut out = Output::default();
+        second.process(0, batch(main), &mut out).expect("main rows");
+        let lines: Vec<String> = out.take()[0].json().iter().map(str::to_owned).collect();
+        assert_eq!(lines, [r#"{"k":3,"v":null}"#, r#"{"k":1,"v":{"name":"one","list":[1,2],"deep":{"k":1}}}"#]);
     }
 
     #[test]

@@ -45,7 +45,8 @@ and `check` says so.
 ## Limits
 
 `now()`, `random()` and the like are refused: the same rows must give the same values when they are read again after
-a crash. A difference of two timestamps is no column: write `extract(epoch from a - b)` for seconds.
+a crash. A difference of two timestamps is no column: write `extract(epoch from a - b)` for seconds. As in SQL, a whole
+number divided by a whole number is a whole number: write `failed * 1.0 / total` for a ratio.
 
 ## Fails when
 
@@ -299,6 +300,7 @@ impl Operator for Select {
 
 #[cfg(test)]
 mod tests {
+    use pipeline::expression::Expression;
     use pipeline::schema::FieldType;
 
     use crate::testing::{Case, Columns, row};
@@ -360,6 +362,17 @@ mod tests {
             ),
         ] {
             case(step).gives(&rows, &expected);
+        }
+    }
+
+    #[test]
+    fn a_nested_column_can_be_taken_apart_by_the_next_step() {
+        let nest = case("select: {keep: [id], derive: {queue: \"named_struct('pending', pending, 'note', note)\"}}");
+        let (planned, _) = nest.plan();
+        let nested = planned.expect("a step").shape.schema;
+        for text in ["queue['pending'] + 1", "get_field(queue, 'pending')", "queue.pending * 2"] {
+            let part = Expression::compile(text, &nested).unwrap_or_else(|e| panic!("{text}: {e:?}"));
+            assert_eq!(*part.data_type(), arrow::datatypes::DataType::Int64, "{text}");
         }
     }
 

@@ -113,7 +113,7 @@ impl Expression {
             .map_err(|e| describe(&e, text, schema))?;
         let field = physical.return_field(&visible).map_err(|e| describe(&e, text, schema))?;
         let data_type = column_type(field.data_type())?;
-        // The outermost cast takes the mark of JSON away where the text is no longer the column's own.
+        // A `json` column that is passed on stays one; text made from it is text.
         let metadata = if is_json(&field) { field.metadata().clone() } else { HashMap::new() };
         let physical = cast(physical, &visible, data_type.clone()).map_err(|e| describe(&e, text, schema))?;
         let hidden_from = schema.fields().len();
@@ -456,6 +456,10 @@ mod tests {
             ("event_time", r#""1970-01-01T00:00:01.000Z""#),
             ("ingest_time", r#""1970-01-01T00:00:02.000Z""#),
             ("payload", r#"{"a": 1}"#),
+            ("upper(payload)", r#""{\"A\": 1}""#),
+            ("payload || ''", r#""{\"a\": 1}""#),
+            ("CAST(payload AS VARCHAR)", r#""{\"a\": 1}""#),
+            ("coalesce(payload, '{}')", r#""{\"a\": 1}""#),
             ("NULL", "null"),
             ("named_struct('pending', pending, 'failed', failed)", r#"{"pending":7,"failed":2}"#),
             ("struct(pending, name)", r#"{"c0":7,"c1":"Press 7"}"#),

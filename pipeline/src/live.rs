@@ -43,6 +43,7 @@ struct Metric {
 #[derive(Debug, Default)]
 struct LatestRows {
     rows: IndexMap<KeyText, Arc<str>>,
+    evicted: usize,
     number: u64,
     updated_us: i64,
 }
@@ -94,7 +95,10 @@ impl Live {
         for row in 0..batch.len() {
             let key = keys.text(row);
             if latest.rows.len() >= LATEST_KEYS_MAX && !latest.rows.contains_key(&key) {
-                latest.rows.swap_remove_index(0);
+                // The place goes round, so that it is an old key's that is taken, not always the newest one's.
+                let at = latest.evicted % latest.rows.len();
+                latest.rows.swap_remove_index(at);
+                latest.evicted = at + 1;
             }
             latest.rows.insert(key, Arc::from(json.row(row)));
         }

@@ -2,6 +2,13 @@
 
 pub mod http;
 pub mod file;
+pub mod generate;
+pub mod host;
+pub mod self_metrics;
+
+mod fixed;
+#[cfg(test)]
+mod testing;
 
 use pipeline::plugin::SourcePlugin;
 
@@ -9,6 +16,9 @@ use pipeline::plugin::SourcePlugin;
 pub const SOURCES: &[SourcePlugin] = &[
     SourcePlugin::of::<http::HttpConfig>(),
     SourcePlugin::of::<file::FileConfig>(),
+    SourcePlugin::of::<generate::GenerateConfig>(),
+    SourcePlugin::of::<host::HostConfig>(),
+    SourcePlugin::of::<self_metrics::SelfConfig>(),
 ];
 
 #[cfg(test)]

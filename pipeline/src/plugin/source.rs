@@ -197,7 +197,7 @@ pub trait Acknowledger: Send {
     /// earlier connection. An error makes the engine reconnect.
     async fn acknowledge(&mut self, tokens: &[u64]) -> Result<()>;
 
-    /// The engine could not accept these records (it is stopping). They are not confirmed.
+    /// The engine could not accept these records (the decoder failed as a whole). They are not confirmed.
     async fn reject(&mut self, _tokens: &[u64]) -> Result<()> {
         Ok(())
     }

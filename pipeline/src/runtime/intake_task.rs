@@ -146,8 +146,9 @@ impl IntakeTask {
                 Arrival::Records(mut records) => {
                     next = self.more_records(&mut records);
                     let taken = self.take_records(&records).await;
+                    let accepted = taken.is_ok();
                     self.report(taken);
-                    self.acknowledge(&records).await;
+                    self.acknowledge(&records, accepted).await;
                 }
             }
         }
@@ -230,10 +231,14 @@ impl IntakeTask {
         Ok(())
     }
 
-    async fn acknowledge(&mut self, records: &[Record]) {
+    async fn acknowledge(&mut self, records: &[Record], accepted: bool) {
         let Some(acknowledger) = self.acknowledger.as_mut() else { return };
         let tokens: Vec<u64> = records.iter().map(|record| record.token).collect();
-        if let Err(error) = acknowledger.acknowledge(&tokens).await {
+        let told = match accepted {
+            true => acknowledger.acknowledge(&tokens).await,
+            false => acknowledger.reject(&tokens).await,
+        };
+        if let Err(error) = told {
             // The reader meets the same broken connection and reconnects; what is not confirmed comes again.
             self.status.errors.fetch_add(1, Relaxed);
             warn!(source = %self.name, "acknowledging failed: {error}");

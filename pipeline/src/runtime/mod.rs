@@ -227,6 +227,7 @@ impl Starter {
             watermark_us: i64::MIN,
             forwarded_us: i64::MIN,
             failed: false,
+            failed_rows: 0,
             key,
         };
         if let Some(state) = self.restored(&task.key, pipeline.fingerprint) {

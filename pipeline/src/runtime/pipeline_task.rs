@@ -33,6 +33,8 @@ pub(crate) struct PipelineTask {
     /// The watermark given to the consumers.
     pub(crate) forwarded_us: i64,
     pub(crate) failed: bool,
+    /// Rows so far for which an expression failed.
+    pub(crate) failed_rows: u64,
 }
 
 /// One input of the pipeline.
@@ -100,7 +102,7 @@ impl PipelineTask {
         let batch = if input == 0 { self.cap_watermarks(port, batch)? } else { batch };
         let mut messages = Vec::new();
         self.through(step, input, batch, &mut messages)?;
-        self.count_late();
+        self.count_lost();
         Ok(messages)
     }
 
@@ -185,7 +187,7 @@ impl PipelineTask {
                 time_us = time_us.min(held.saturating_sub(1));
             }
         }
-        self.count_late();
+        self.count_lost();
         if time_us > self.forwarded_us {
             self.forwarded_us = time_us;
             messages.push(Message::Watermark(time_us));
@@ -193,9 +195,15 @@ impl PipelineTask {
         Ok(messages)
     }
 
-    fn count_late(&self) {
+    fn count_lost(&mut self) {
         let late = self.steps.iter().map(|step| step.late_rows()).sum();
         self.status.late_rows.store(late, Relaxed);
+        let failed: u64 = self.steps.iter().map(|step| step.failed_rows()).sum();
+        self.status.errors.fetch_add(failed.saturating_sub(self.failed_rows), Relaxed);
+        if failed > 0 && self.failed_rows == 0 {
+            tracing::warn!(pipeline = %self.name, "an expression fails for some rows; its value is null there");
+        }
+        self.failed_rows = failed;
     }
 
     async fn barrier(&mut self, barrier: Barrier) {
