@@ -1,6 +1,7 @@
 //! SSE sink: rows go to whoever listens, over plain HTTP.
 
 use std::convert::Infallible;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -23,10 +24,10 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 use tokio_tungstenite::tungstenite::Utf8Bytes;
 
 use crate::live::envelope::Wire;
+use crate::live::options::{Declared, Options, check, default_keep_alive, default_max_clients, default_queue};
 use crate::live::queue::Outgoing;
 use crate::live::subscription::Since;
-use crate::live::{Caller, Declared, Envelope, Hub, HubSink, Membership, Options};
-use crate::live::{check, default_keep_alive, default_max_clients, default_queue};
+use crate::live::{Caller, Envelope, Hub, HubSink, Membership};
 
 const PAGE: &str = r#"Sends rows as server-sent events to every client that listens, each its own choice of metrics and keys.
 
@@ -194,16 +195,17 @@ struct EventStream {
     outgoing: Outgoing,
     frames: Vec<Utf8Bytes>,
     keep_alive: Interval,
+    stopped: Pin<Box<dyn Future<Output = ()> + Send>>,
     ended: bool,
 }
 
 impl EventStream {
     fn new(membership: Membership) -> Self {
-        let every = membership.hub().keep_alive;
+        let every = membership.hub().encoder.keep_alive;
         let mut keep_alive = interval_at(Instant::now() + every, every);
         keep_alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let outgoing = membership.outgoing();
-        Self { membership, outgoing, frames: vec![RETRY], keep_alive, ended: false }
+        let (outgoing, stopped) = (membership.outgoing(), Box::pin(membership.hub().stopped()));
+        Self { membership, outgoing, frames: vec![RETRY], keep_alive, stopped, ended: false }
     }
 
     /// The next bytes of the body; `None` is its end.
@@ -220,6 +222,8 @@ impl EventStream {
             let client = self.membership.client();
             tokio::select! {
                 () = client.ready() => {}
+                // Not asked again: then nothing waits, and the next turn is the last.
+                () = &mut self.stopped => client.close(),
                 _ = self.keep_alive.tick() => self.frames.extend(self.membership.hub().encoder.ping()),
             }
         }

@@ -1,6 +1,7 @@
 //! The text of frames: envelopes, and how a frame stands on the wire.
 
 use std::fmt::Write;
+use std::time::Duration;
 
 use pipeline::json::json_string;
 use pipeline::time::{format_us, now_us};
@@ -47,6 +48,8 @@ pub(crate) struct Encoder {
     pub(crate) epoch: String,
     /// What the sink hands out.
     pub(crate) catalog: Catalog,
+    /// Time between pings, for clients to know when they are cut off.
+    pub(crate) keep_alive: Duration,
 }
 
 /// Room for what stands around the rows.
@@ -60,7 +63,7 @@ impl Encoder {
         }
         Some(self.frame("hello", None, 0, |text| {
             self.head(text, "hello", None, seq);
-            text.push_str(r#","metrics":["#);
+            let _ = write!(text, r#","keep_alive_ms":{},"metrics":["#, self.keep_alive.as_millis());
             for (nth, (&metric, filter)) in subscription.iter().enumerate() {
                 let metric = &self.catalog.metrics[metric];
                 text.push_str(if nth > 0 { "," } else { "" });
@@ -246,7 +249,13 @@ mod tests {
 
     fn encoder(envelope: Envelope, wire: Wire) -> Encoder {
         let metrics = vec![Metric { name: "load".into(), keys: vec!["device_id".into()] }];
-        Encoder { envelope, wire, epoch: "e1".into(), catalog: Catalog { metrics, ..Catalog::default() } }
+        Encoder {
+            envelope,
+            wire,
+            epoch: "e1".into(),
+            catalog: Catalog { metrics, ..Catalog::default() },
+            keep_alive: Duration::from_secs(30),
+        }
     }
 
     const SSE: Wire = Wire::Sse { event_name: None };

@@ -5,6 +5,7 @@
 //! client, and no client for another.
 
 pub(crate) mod envelope;
+pub(crate) mod options;
 pub(crate) mod queue;
 pub(crate) mod subscription;
 mod topics;
@@ -14,20 +15,20 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 use hyper::header::USER_AGENT;
-use indexmap::IndexMap;
 use pipeline::batch::Batch;
-use pipeline::config::{At, CheckContext, Duration, did_you_mean};
 use pipeline::http::Request;
 use pipeline::json::JsonRows;
 use pipeline::live::{DemandGuard, KeyColumns, Live};
-use pipeline::plugin::{LiveSink, Mount, SinkContext, SinkInput, SinkShape};
+use pipeline::plugin::{LiveSink, SinkContext, SinkInput};
 use pipeline::status::lock;
 use tokio::sync::watch;
+use tokio_tungstenite::tungstenite::Utf8Bytes;
 
 pub use self::envelope::Envelope;
-use self::envelope::{Encoder, Wire, now_text};
+use self::envelope::{Encoder, now_text};
+use self::options::Options;
 use self::queue::{Client, Emission, Lost, Outgoing, Snapshot};
-use self::subscription::{Catalog, Change, METRIC, Metric, Refusal, SINCE, Since, Subscription};
+use self::subscription::{Catalog, Change, Filter, Metric, Refusal, Since, Subscription};
 use self::topics::{Picked, Topics};
 
 /// Bytes of rows at which a frame is cut: what a client's buffers grow to is kept for as long as it stays.
@@ -36,120 +37,13 @@ const FRAME_BYTES: usize = 64 << 10;
 /// Longest row that is sent. A client that has to hold more in one message is no longer live.
 pub(crate) const ROW_BYTES_MAX: usize = 16 << 20;
 
-/// Most frames that may be let wait for a client, by `queue`.
-const QUEUE_MAX: usize = 100_000;
-
-/// Shortest keep-alive: more often is a load and proves nothing.
-const KEEP_ALIVE_MIN: std::time::Duration = std::time::Duration::from_millis(100);
-
 /// How long a connection may take to send what waits for its client and say good-bye when it is closed.
 pub(crate) const CLOSE_PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
-
-/// Default of `keep_alive`: half of the minute after which the usual proxies cut a silent connection.
-pub(crate) fn default_keep_alive() -> At<Duration> {
-    At::nowhere(Duration::from_secs(30))
-}
-
-/// Default of `queue`: a second of a hundred emissions a second, and little memory.
-pub(crate) fn default_queue() -> At<usize> {
-    At::nowhere(100)
-}
-
-/// Default of `max_clients`: some 20 kB each, so 200 MB.
-pub(crate) fn default_max_clients() -> usize {
-    10_000
-}
-
-/// The options that both live sinks have, for [`check`].
-pub(crate) struct Declared<'a> {
-    pub(crate) path: &'a At<String>,
-    pub(crate) params: &'a IndexMap<String, At<String>>,
-    pub(crate) required: &'a [At<String>],
-    pub(crate) keep_alive: &'a At<Duration>,
-    pub(crate) queue: &'a At<usize>,
-}
-
-/// Checks the options that both live sinks have.
-pub(crate) fn check(declared: &Declared<'_>, inputs: &[SinkInput], cx: &mut CheckContext<'_>) -> Option<SinkShape> {
-    let errors = cx.errors();
-    let path = declared.path;
-    if !path.starts_with('/') || path.contains(['?', '#']) || path.contains(char::is_whitespace) {
-        let hint = "write it as in a URL: `/ws`".to_owned();
-        cx.error_hint(path.position, format!("`{}` is no path", path.value), Some(hint));
-    }
-    check_names(declared, inputs, cx);
-    if *declared.keep_alive.value < KEEP_ALIVE_MIN {
-        let shortest = Duration(KEEP_ALIVE_MIN);
-        cx.error(declared.keep_alive.position, format!("`keep_alive` is at least {shortest}"));
-    }
-    if !(1..=QUEUE_MAX).contains(&declared.queue.value) {
-        cx.error(declared.queue.position, format!("`queue` is 1 to {QUEUE_MAX} frames"));
-    }
-    let mounts = vec![Mount { method: "GET", path: path.value.clone() }];
-    (cx.errors() == errors).then_some(SinkShape { mounts, live: true, takes_revised: true, ..SinkShape::default() })
-}
-
-/// Checks parameters against key columns.
-fn check_names(declared: &Declared<'_>, inputs: &[SinkInput], cx: &mut CheckContext<'_>) {
-    let keys: Vec<&str> = inputs.iter().flat_map(|input| &input.shape.keys).map(String::as_str).collect();
-    for input in inputs {
-        for key in input.shape.keys.iter().filter(|key| [METRIC, SINCE].contains(&key.as_str())) {
-            let message = format!("key column `{key}` of `{}` is named like a parameter of live clients", input.metric);
-            cx.error_hint(cx.position(), message, Some(format!("rename it: `select: {{{key}_: {key}}}`")));
-        }
-    }
-    for (name, column) in declared.params {
-        if [METRIC, SINCE].contains(&name.as_str()) {
-            cx.error(column.position, format!("parameter `{name}` is taken: it has a meaning of its own"));
-        } else if keys.contains(&name.as_str()) && *name != column.value {
-            cx.error(column.position, format!("parameter `{name}` is also the name of another key column"));
-        }
-        if !keys.contains(&column.as_str()) {
-            let hint = did_you_mean(column, &keys)
-                .or_else(|| Some("a window's `group_by` or a pipeline's `key` gives key columns".to_owned()));
-            cx.error_hint(
-                column.position,
-                format!("no key column `{}` in what this sink receives", column.value),
-                hint,
-            );
-        }
-    }
-    for name in declared.required {
-        if !declared.params.contains_key(&name.value) && !keys.contains(&name.as_str()) {
-            let known = declared.params.keys().map(String::as_str).chain(keys.iter().copied());
-            let message = format!("`{}` is neither one of `params` nor a key column", name.value);
-            cx.error_hint(name.position, message, did_you_mean(name, known));
-        }
-    }
-}
-
-/// How a hub treats its clients.
-#[derive(Clone, Debug)]
-pub(crate) struct Options {
-    /// What stands around the rows.
-    pub(crate) envelope: Envelope,
-    /// How frames stand on the wire.
-    pub(crate) wire: Wire,
-    /// Whether a client first gets the latest rows.
-    pub(crate) snapshot: bool,
-    /// Parameter to key column.
-    pub(crate) params: IndexMap<String, String>,
-    /// Parameters without which a client is refused.
-    pub(crate) required: Vec<String>,
-    /// Time between signs of life.
-    pub(crate) keep_alive: std::time::Duration,
-    /// Most emissions that wait for one client.
-    pub(crate) queue: usize,
-    /// Most clients.
-    pub(crate) max_clients: usize,
-}
 
 /// Fans the rows of one live sink out to its clients.
 #[derive(Debug)]
 pub(crate) struct Hub {
     name: String,
-    /// Time between signs of life.
-    pub(crate) keep_alive: std::time::Duration,
     /// Writes the frames.
     pub(crate) encoder: Arc<Encoder>,
     live: Arc<Live>,
@@ -161,6 +55,7 @@ pub(crate) struct Hub {
     closed: watch::Sender<bool>,
 }
 
+/// What the pipeline and the connections change.
 #[derive(Debug, Default)]
 struct State {
     /// Sequence number of the newest frame.
@@ -168,7 +63,6 @@ struct State {
     /// By the metric's place in the catalog.
     topics: Vec<Topics>,
     picked: Picked,
-    closed: bool,
 }
 
 impl Hub {
@@ -181,8 +75,13 @@ impl Hub {
         let epoch = cx.live.epoch.clone();
         Arc::new(Self {
             name: cx.name,
-            keep_alive: options.keep_alive,
-            encoder: Arc::new(Encoder { envelope: options.envelope, wire: options.wire, epoch, catalog }),
+            encoder: Arc::new(Encoder {
+                envelope: options.envelope,
+                wire: options.wire,
+                epoch,
+                catalog,
+                keep_alive: options.keep_alive,
+            }),
             live: cx.live,
             snapshot: options.snapshot,
             queue: options.queue,
@@ -198,9 +97,13 @@ impl Hub {
         &self.encoder.catalog
     }
 
-    /// Changes to true when the sink stops.
-    pub(crate) fn closed(&self) -> watch::Receiver<bool> {
-        self.closed.subscribe()
+    /// Ends when the sink stops.
+    pub(crate) fn stopped(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut closed = self.closed.subscribe();
+        async move {
+            // An error would mean that the hub is gone, which is the same.
+            let _ = closed.wait_for(|closed| *closed).await;
+        }
     }
 
     /// A place for one more client. An error is why there is none.
@@ -276,13 +179,7 @@ impl Hub {
         }
     }
 
-    fn take_snapshot(
-        &self,
-        seq: u64,
-        metric: usize,
-        filter: Option<&subscription::Filter>,
-        completes: bool,
-    ) -> Snapshot {
+    fn take_snapshot(&self, seq: u64, metric: usize, filter: Option<&Filter>, completes: bool) -> Snapshot {
         let keep = |key: &pipeline::live::KeyText| {
             filter.is_some_and(|filter| filter.matches(|column| key.get(column).map_or("", |text| text)))
         };
@@ -295,21 +192,14 @@ impl Hub {
         };
         Snapshot { metric, seq, batch: latest.number, rows, parts, completes }
     }
-
-    /// Ends all connections once they have sent what waits.
-    fn close(&self) {
-        let mut state = lock(&self.state);
-        state.closed = true;
-        state.topics.iter().flat_map(Topics::members).for_each(|member| member.client.close());
-        self.closed.send_replace(true);
-    }
 }
 
 /// How a client enters a topic.
+#[derive(Clone, Copy)]
 struct Entry<'a> {
     metric: usize,
     /// `None`: it wants the metric no longer.
-    filter: Option<&'a subscription::Filter>,
+    filter: Option<&'a Filter>,
     snapshot: bool,
     completes: bool,
 }
@@ -324,7 +214,7 @@ struct EmissionWriter<'a> {
     first_row: usize,
     /// Sequence numbers of the piece's first and last frame.
     seqs: (u64, u64),
-    rows: Vec<Option<tokio_tungstenite::tungstenite::Utf8Bytes>>,
+    rows: Vec<Option<Utf8Bytes>>,
 }
 
 impl EmissionWriter<'_> {
@@ -343,7 +233,7 @@ impl EmissionWriter<'_> {
         Emission { metric: self.metric, seq, frames, bytes }
     }
 
-    fn row(&mut self, row: usize) -> tokio_tungstenite::tungstenite::Utf8Bytes {
+    fn row(&mut self, row: usize) -> Utf8Bytes {
         let place = row - self.first_row;
         if self.rows.len() <= place {
             self.rows.resize(place + 1, None);
@@ -393,9 +283,6 @@ impl Place {
         let client = Arc::new(Client::new(connection, hub.queue));
         let demand = hub.demand(&subscription);
         let mut state = lock(&hub.state);
-        if state.closed {
-            client.close();
-        }
         if let Some(hello) = hub.encoder.hello(&subscription, state.seq) {
             client.answer(hello);
         }
@@ -511,7 +398,7 @@ impl LiveSink for HubSink {
 
 impl Drop for HubSink {
     fn drop(&mut self) {
-        self.0.close();
+        self.0.closed.send_replace(true);
     }
 }
 
@@ -524,11 +411,12 @@ mod tests {
         let all = FRAME_BYTES;
         for (lengths, expected) in [
             (vec![], vec![]),
-            (vec![10, 20, 30], vec![0..3]),
-            (vec![all, 1, all, all / 2, all / 2, 1], vec![0..1, 1..2, 2..3, 3..5, 5..6]),
-            (vec![3 * all, 1], vec![0..1, 1..2]),
+            (vec![10, 20, 30], vec![(0, 3)]),
+            (vec![all, 1, all, all / 2, all / 2, 1], vec![(0, 1), (1, 2), (2, 3), (3, 5), (5, 6)]),
+            (vec![3 * all, 1], vec![(0, 1), (1, 2)]),
         ] {
-            assert_eq!(cut(lengths.iter().copied()).collect::<Vec<_>>(), expected, "{lengths:?}");
+            let pieces: Vec<_> = cut(lengths.iter().copied()).map(|rows| (rows.start, rows.end)).collect();
+            assert_eq!(pieces, expected, "{lengths:?}");
         }
     }
 }

@@ -266,7 +266,13 @@ mod tests {
         let client = Arc::new(Client::new(Connections::default().open("live", None, "test"), capacity));
         let metric = |name: &str| Metric { name: name.into(), keys: Vec::new() };
         let catalog = Catalog { metrics: vec![metric("a"), metric("b")], ..Catalog::default() };
-        let encoder = Encoder { envelope: Envelope::Event, wire: Wire::WebSocket, epoch: "e".into(), catalog };
+        let encoder = Encoder {
+            envelope: Envelope::Event,
+            wire: Wire::WebSocket,
+            epoch: "e".into(),
+            catalog,
+            keep_alive: std::time::Duration::from_secs(30),
+        };
         let outgoing = Outgoing::new(Arc::clone(&client), Arc::new(encoder));
         (client, outgoing)
     }

@@ -157,11 +157,6 @@ impl Topics {
     pub(crate) fn picked<'a>(&'a self, picked: &'a Picked) -> impl Iterator<Item = (&'a Topic, &'a [usize])> {
         picked.topics.iter().filter_map(|&number| Some((self.topics[number].as_ref()?, picked.rows[number].as_slice())))
     }
-
-    /// All members.
-    pub(crate) fn members(&self) -> impl Iterator<Item = &Member> {
-        self.topics.iter().flatten().flat_map(|topic| topic.members.values())
-    }
 }
 
 impl Picked {
@@ -179,5 +174,89 @@ impl Picked {
             self.topics.push(number);
         }
         self.rows[number].push(row);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow::array::{RecordBatch, StringArray};
+    use pipeline::batch::{Batch, Stage, Times};
+    use pipeline::schema::{FieldType, schema_of};
+    use pipeline::status::Connections;
+
+    use super::super::subscription::{Catalog, ClientMessage, Metric};
+    use super::*;
+
+    /// Numbers that look random and are the same in every run.
+    struct Numbers(u64);
+
+    impl Numbers {
+        fn below(&mut self, end: u64) -> u64 {
+            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (self.0 >> 33) % end
+        }
+    }
+
+    const KEYS: [&str; 2] = ["site", "device"];
+
+    /// A filter of some alternatives, as a client would build it.
+    fn filter(numbers: &mut Numbers) -> Filter {
+        let keys = KEYS.map(str::to_owned).to_vec();
+        let catalog = Catalog { metrics: vec![Metric { name: "m".into(), keys }], ..Catalog::default() };
+        let mut subscription = Default::default();
+        for _ in 0..=numbers.below(3) {
+            let mut columns = Vec::new();
+            for key in KEYS {
+                if numbers.below(3) > 0 {
+                    columns.push(format!(r#""{key}":["{}",{}]"#, numbers.below(4), numbers.below(4)));
+                }
+            }
+            let text = format!(r#"{{"type":"subscribe","metric":"m","where":{{{}}}}}"#, columns.join(","));
+            let Ok(ClientMessage::Subscribe(change)) = serde_json::from_str(&text) else { panic!("{text}") };
+            subscription = catalog.subscribe(&subscription, &change).expect("a subscription").1;
+        }
+        subscription.remove(&0).expect("a filter")
+    }
+
+    fn batch(numbers: &mut Numbers) -> Batch {
+        let rows = numbers.below(20) as usize;
+        let mut column = || StringArray::from_iter_values((0..rows).map(|_| numbers.below(4).to_string()));
+        let schema = schema_of(KEYS.map(|key| (key, FieldType::String)));
+        let columns = RecordBatch::try_new(schema, vec![Arc::new(column()), Arc::new(column())]).expect("rows");
+        Batch::new(columns, Times::constant(0, 0, 0, rows), Stage::Final).expect("a batch")
+    }
+
+    #[test]
+    fn every_client_finds_exactly_the_rows_that_its_filter_lets_pass() {
+        let connections = Connections::default();
+        let (mut numbers, mut topics, mut picked) = (Numbers(42), Topics::default(), Picked::default());
+        let mut clients: Vec<(Filter, Arc<Client>)> = Vec::new();
+        for _ in 0..500 {
+            if numbers.below(2) == 0 || clients.is_empty() {
+                let client = Arc::new(Client::new(connections.open("live", None, "test"), 1));
+                let filter = filter(&mut numbers);
+                topics.join(&filter, &client, 0);
+                clients.push((filter, client));
+            } else {
+                let (filter, client) = clients.swap_remove(numbers.below(clients.len() as u64) as usize);
+                topics.leave(&filter, &client);
+            }
+            let batch = batch(&mut numbers);
+            let keys = KeyColumns::new(&batch, &KEYS.map(str::to_owned));
+            topics.pick(0..batch.len(), topics.needs_keys().then_some(&keys), &mut picked);
+            for (filter, client) in &clients {
+                let expected: Vec<usize> =
+                    (0..batch.len()).filter(|&row| filter.matches(|column| keys.value(column, row))).collect();
+                let mut own =
+                    topics.picked(&picked).filter(|(topic, _)| topic.members.contains_key(&client.connection.id));
+                let found = own.next().map(|(_, rows)| rows.to_vec()).unwrap_or_default();
+                assert_eq!(found, expected, "{filter:?}");
+                assert!(own.next().is_none(), "one topic per client");
+            }
+        }
+        for (filter, client) in clients {
+            topics.leave(&filter, &client);
+        }
+        assert!(topics.is_empty() && !topics.needs_keys() && topics.everything.is_none());
     }
 }

@@ -55,33 +55,40 @@ pub(super) async fn serve(upgraded: Upgraded, place: Place, caller: &Caller, par
         .max_frame_size(Some(MESSAGE_BYTES_MAX));
     let mut socket = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(protocol)).await;
     let hub = Arc::clone(place.hub());
-    let end = match hub.catalog().subscription(parameters) {
+    match hub.catalog().subscription(parameters) {
         Ok((subscription, since)) => {
             let mut session = Session::new(socket, place.join(caller, subscription, since.as_ref()));
-            let mut closed = hub.closed();
-            let late = async {
-                // An error would mean that the hub is gone, as would `true`.
-                let _ = closed.wait_for(|closed| *closed).await;
+            let (stopped, client) = (hub.stopped(), Arc::clone(&session.client));
+            let too_late = async {
+                stopped.await;
+                // What waits is still sent, within limits.
+                client.close();
                 tokio::time::sleep(CLOSE_PATIENCE).await;
             };
             let end = tokio::select! {
                 end = session.run() => end,
-                () = late => End::Gone,
+                () = too_late => End::Gone,
             };
-            socket = session.socket;
-            end
+            // It counts as connected until it has heard the good-bye, but is sent nothing more.
+            session.client.close();
+            end.finish(&mut session.socket).await;
         }
         Err(refusal) => {
             let error = Message::Text(hub.encoder.error(&refusal.0));
-            match timeout(CLOSE_PATIENCE, socket.send(error)).await {
-                Ok(Ok(())) => End::Close(CloseCode::Policy, "see the error frame"),
-                _ => End::Gone,
+            if let Ok(Ok(())) = timeout(CLOSE_PATIENCE, socket.send(error)).await {
+                End::Close(CloseCode::Policy, "see the error frame").finish(&mut socket).await;
             }
         }
-    };
-    if let End::Close(code, reason) = end {
-        // Whether the client hears it is its own matter.
-        let _ = timeout(CLOSE_PATIENCE, close(&mut socket, code, reason)).await;
+    }
+}
+
+impl End {
+    /// Closes the connection if it is to be closed from here.
+    async fn finish(self, socket: &mut Socket) {
+        if let Self::Close(code, reason) = self {
+            // Whether the client hears it is its own matter.
+            let _ = timeout(CLOSE_PATIENCE, close(socket, code, reason)).await;
+        }
     }
 }
 
@@ -91,21 +98,15 @@ async fn close(socket: &mut Socket, code: CloseCode, reason: &'static str) {
     if socket.send(Message::Close(Some(frame))).await.is_err() {
         return;
     }
-    loop {
-        match socket.next().await {
-            Some(Ok(_)) => {}
-            // The handshake is done.
-            None => break,
-            Some(Err(_)) => break,
-        }
-    }
+    while let Some(Ok(_)) = socket.next().await {}
     // What the client still sends must be read: closing a socket with unread bytes resets the connection, and
     // the client might never see the close frame.
     let stream = socket.get_mut();
     if stream.shutdown().await.is_err() {
         return;
     }
-    let mut discarded = [0; READ_BUFFER_BYTES];
+    // Not in the task's own memory, which every connection has.
+    let mut discarded = vec![0; READ_BUFFER_BYTES];
     while stream.read(&mut discarded).await.is_ok_and(|read| read > 0) {}
 }
 
@@ -116,6 +117,8 @@ struct Session {
     client: Arc<Client>,
     outgoing: Outgoing,
     frames: Vec<Utf8Bytes>,
+    /// Frames are written that the library may still hold.
+    is_unflushed: bool,
     /// A Ping was sent and nothing came since.
     is_silent: bool,
     errors: u64,
@@ -124,11 +127,20 @@ struct Session {
 impl Session {
     fn new(socket: Socket, membership: Membership) -> Self {
         let (client, outgoing) = (Arc::clone(membership.client()), membership.outgoing());
-        Self { socket, membership, client, outgoing, frames: Vec::new(), is_silent: false, errors: 0 }
+        Self {
+            socket,
+            membership,
+            client,
+            outgoing,
+            frames: Vec::new(),
+            is_unflushed: false,
+            is_silent: false,
+            errors: 0,
+        }
     }
 
     async fn run(&mut self) -> End {
-        let mut keep_alive = ticks(self.membership.hub().keep_alive);
+        let mut keep_alive = ticks(self.membership.hub().encoder.keep_alive);
         loop {
             let taken = self.outgoing.take(&mut self.frames);
             if let Err(end) = self.write(!taken.more).await {
@@ -158,9 +170,10 @@ impl Session {
 
     /// Writes the taken frames; the last of them leave the process at once if nothing more waits.
     async fn write(&mut self, flush: bool) -> Result<(), End> {
-        if self.frames.is_empty() {
+        if self.frames.is_empty() && !(flush && self.is_unflushed) {
             return Ok(());
         }
+        self.is_unflushed = !flush;
         let (socket, frames, connection) = (&mut self.socket, &mut self.frames, &self.client.connection);
         let writing = async {
             for frame in frames.drain(..) {

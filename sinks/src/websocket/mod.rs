@@ -18,8 +18,8 @@ use serde::Deserialize;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use crate::live::envelope::Wire;
-use crate::live::{Caller, Declared, Envelope, Hub, HubSink, Options};
-use crate::live::{check, default_keep_alive, default_max_clients, default_queue};
+use crate::live::options::{Declared, Options, check, default_keep_alive, default_max_clients, default_queue};
+use crate::live::{Caller, Envelope, Hub, HubSink};
 
 const PAGE: &str = r#"Sends rows to every connected WebSocket client, each its own choice of metrics and keys.
 
@@ -44,7 +44,7 @@ One text message per emission and distinct subscription:
 
     {"type":"update","metric":"load","seq":42,"epoch":"…","timestamp":"2026-11-20T12:00:00.000Z","batch":7,"data":[{…row…}]}
 
-First come `hello` (the metrics with their key columns, and the sequence number) and for each metric a `snapshot` with the
+First come `hello` (the metrics with their key columns, the sequence number, `keep_alive_ms`) and for each metric a `snapshot` with the
 latest row per key, which replaces what the client has of the metric. A long snapshot comes in parts (`part`, `parts`), of
 which the first replaces. Updates follow that are in no snapshot: nothing is missing and nothing comes twice. `ping`
 comes every `keep_alive`, beside a WebSocket Ping that must be answered. `seq` numbers the frames of the sink over all its
@@ -143,7 +143,7 @@ impl Handler for Upgrade {
     async fn handle(&self, mut request: Request) -> Response {
         let accept = match accept_key(&request) {
             Ok(accept) => accept,
-            Err(refused) => return refused,
+            Err(refused) => return *refused,
         };
         let place = match self.hub.reserve() {
             Ok(place) => place,
@@ -173,24 +173,21 @@ impl Handler for Upgrade {
 }
 
 /// The value of `Sec-WebSocket-Accept`, or the answer to a request that is no WebSocket handshake (RFC 6455, 4.2.1).
-fn accept_key(request: &Request) -> std::result::Result<HeaderValue, Response> {
+fn accept_key(request: &Request) -> std::result::Result<HeaderValue, Box<Response>> {
     let (headers, path) = (request.inner.headers(), request.inner.uri().path());
     let is_upgrade = has_token(headers, "connection", "upgrade") && has_token(headers, "upgrade", "websocket");
     if !is_upgrade || request.inner.method() != Method::GET || request.inner.version() < Version::HTTP_11 {
         let host = headers.get("host").and_then(|host| host.to_str().ok()).unwrap_or("HOST");
         let message = format!("this is a WebSocket; connect to ws://{host}{path}, or wss:// behind TLS");
-        return Err(upgrade_required(&message));
+        return Err(Box::new(upgrade_required(&message)));
     }
     if headers.get("sec-websocket-version").is_none_or(|version| version != "13") {
-        return Err(upgrade_required("the WebSocket version is 13"));
+        return Err(Box::new(upgrade_required("the WebSocket version is 13")));
     }
     let key = headers.get("sec-websocket-key").map(HeaderValue::as_bytes).unwrap_or_default();
     // 16 bytes in base64.
-    if key.len() != 24 {
-        return Err(error(StatusCode::BAD_REQUEST, "`Sec-WebSocket-Key` is missing or wrong"));
-    }
-    HeaderValue::from_str(&derive_accept_key(key))
-        .map_err(|_| error(StatusCode::BAD_REQUEST, "`Sec-WebSocket-Key` is wrong"))
+    let accept = (key.len() == 24).then(|| HeaderValue::from_str(&derive_accept_key(key)).ok()).flatten();
+    accept.ok_or_else(|| Box::new(error(StatusCode::BAD_REQUEST, "`Sec-WebSocket-Key` is missing or wrong")))
 }
 
 fn upgrade_required(message: &str) -> Response {
