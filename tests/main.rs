@@ -1,4 +1,5 @@
 //! Tests of the whole program: the built binary, real servers, real clients.
 
+mod dashboard;
 mod live;
 mod support;
