@@ -108,8 +108,14 @@ impl Live {
 
     /// The latest rows of a metric; `None` if there is no such metric.
     pub fn latest(&self, metric: &str) -> Option<Latest> {
+        self.latest_where(metric, |_| true)
+    }
+
+    /// The latest rows of a metric whose key `keep` accepts; `None` if there is no such metric.
+    pub fn latest_where(&self, metric: &str, keep: impl Fn(&KeyText) -> bool) -> Option<Latest> {
         let latest = lock(&self.metrics.get(metric)?.latest);
-        let rows = latest.rows.iter().map(|(key, row)| (key.clone(), Arc::clone(row))).collect();
+        let kept = latest.rows.iter().filter(|(key, _)| keep(key));
+        let rows = kept.map(|(key, row)| (key.clone(), Arc::clone(row))).collect();
         Some(Latest { rows, number: latest.number, updated_us: latest.updated_us })
     }
 

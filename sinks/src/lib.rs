@@ -1,11 +1,17 @@
 //! The sinks of Tailwater, one file each. A new sink is one file, one `mod` line and one entry in the list.
 
+pub mod websocket;
+pub mod sse;
 pub mod console;
+
+pub mod live;
 
 use pipeline::plugin::SinkPlugin;
 
 /// Every sink, in the order of the documentation.
 pub const SINKS: &[SinkPlugin] = &[
+    SinkPlugin::of::<websocket::WebSocketConfig>(),
+    SinkPlugin::of::<sse::SseConfig>(),
     SinkPlugin::of::<console::ConsoleConfig>(),
 ];
 

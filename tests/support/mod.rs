@@ -1,6 +1,10 @@
 //! What all tests of the whole program share: scratch folders, free ports, servers, the built binary.
 
+<<<<<<< HEAD
 pub mod program;
+=======
+pub(crate) mod http;
+>>>>>>> live
 
 use std::io::{BufRead, BufReader, Read};
 use std::net::{TcpListener, TcpStream};
