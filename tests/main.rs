@@ -1,3 +1,7 @@
 //! Tests of the whole program: the built binary, real servers, real clients.
 
+// There is nothing outside this binary that `pub` could mean.
+#![allow(unreachable_pub)]
+
+mod sql;
 mod support;

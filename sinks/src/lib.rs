@@ -5,4 +5,6 @@ pub mod sql;
 use pipeline::plugin::SinkPlugin;
 
 /// Every sink, in the order of the documentation.
-pub const SINKS: &[SinkPlugin] = &[SinkPlugin::of::<sql::SqlConfig>()];
+pub const SINKS: &[SinkPlugin] = &[
+    SinkPlugin::of::<sql::SqlConfig>(),
+];

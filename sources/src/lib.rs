@@ -5,4 +5,6 @@ pub mod sql;
 use pipeline::plugin::SourcePlugin;
 
 /// Every source, in the order of the documentation.
-pub const SOURCES: &[SourcePlugin] = &[SourcePlugin::of::<sql::SqlConfig>()];
+pub const SOURCES: &[SourcePlugin] = &[
+    SourcePlugin::of::<sql::SqlConfig>(),
+];

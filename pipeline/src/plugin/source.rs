@@ -107,7 +107,7 @@ impl Delivery {
 pub enum Schedule {
     /// At once after the rows of the last call were taken; `next` itself waits for new ones.
     Continuous,
-    /// Every so often, first at once; a call that takes longer delays the next one. [`Pulled::more`] skips the wait.
+    /// Every so often, first at once; a call that takes longer delays the next one.
     Every(Duration),
 }
 
@@ -165,8 +165,7 @@ pub struct Pulled {
     pub errors: Vec<RowError>,
     /// Where to go on after these rows: the source's own encoding, opaque to the engine.
     pub position: Vec<u8>,
-    /// Whether more rows are already waiting: the engine then calls `next` again at once instead of at the
-    /// next tick of [`Schedule::Every`].
+    /// Whether more rows are waiting: the engine then calls `next` again at once, whatever the schedule.
     pub more: bool,
 }
 

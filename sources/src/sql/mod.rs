@@ -114,7 +114,7 @@ url: sqlite:demo.db
 every: 3s
 queries:
   queue: SELECT count(*) AS total, sum(status = 'pending') AS pending FROM publish_log
-  scheduler: SELECT avg(published_at - scheduled_for) AS avg_delay_seconds FROM publish_log
+  scheduler: SELECT avg(unixepoch(published_at) - unixepoch(scheduled_for)) AS avg_delay_seconds FROM publish_log
 fields:
   queue: {total: int, pending: int}
   scheduler: {avg_delay_seconds: float}
@@ -152,7 +152,6 @@ impl SqlConfig {
 
     /// Asks the database for the columns of the query, and SQLite for a first row where the types are not told.
     async fn discover(&self, folder: PathBuf) -> Result<Fields> {
-        // Any type will do: only the text of the query is wanted.
         let server = plan::Server::of(self.url.expose()).map_err(Error::user)?;
         let timeout = *self.timeout.value;
         let mut connection = Connection::open(&server, &self.url, &folder, timeout).await?;
@@ -190,13 +189,15 @@ async fn discover_query(connection: &mut Connection, sql: &str) -> Result<Fields
     Ok(Fields::of(fields))
 }
 
-/// The first type that the first row's value fits.
+/// The first type that the first row's value fits; text if there is no value to see.
 async fn first_fit(connection: &mut Connection, sql: &str, name: &str) -> Result<FieldType> {
     for field_type in [FieldType::Int, FieldType::Float, FieldType::Timestamp(None), FieldType::String] {
         let mut rows = Collector::new(&Fields::of([(name, field_type)]), &[], 1);
         connection.fetch(sql, &[], &mut rows).await?;
-        if rows.finish()?.1.is_empty() {
-            return Ok(field_type);
+        let (batch, errors) = rows.finish()?;
+        if errors.is_empty() {
+            let seen = batch.columns().iter().any(|column| column.len() > column.null_count());
+            return Ok(if seen { field_type } else { FieldType::String });
         }
     }
     Ok(FieldType::Bytes)

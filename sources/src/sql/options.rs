@@ -152,7 +152,7 @@ impl JsonSchema for Cursor {
         json_schema!({"anyOf": [words, {
             "type": "object",
             "properties": {
-                "column": words,
+                "column": {"anyOf": [words], "description": "the column, or a list of columns, most significant first"},
                 "start": {"anyOf": [words], "description": "rows after this value are read at the very first start; default: all rows"},
             },
             "required": ["column"],

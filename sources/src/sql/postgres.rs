@@ -315,6 +315,8 @@ fn array(bytes: &[u8], element: &PgTypeInfo) -> Result<String, String> {
         lengths.push(usize::try_from(word(&mut rest)?).map_err(|_| "a damaged array")?);
         let _lower_bound = word(&mut rest)?;
     }
+    // Text is text here even if it looks like JSON, and a decimal is a number.
+    let wanted = if number_of(element) == oid::NUMERIC { FieldType::Json } else { FieldType::String };
     let mut values = Vec::new();
     while !rest.is_empty() {
         let Ok(length) = usize::try_from(word(&mut rest)?) else {
@@ -323,7 +325,7 @@ fn array(bytes: &[u8], element: &PgTypeInfo) -> Result<String, String> {
         };
         let (value, after) = rest.split_at_checked(length).ok_or("a short array")?;
         rest = after;
-        values.push(cells::to_json(&cell(value, element, FieldType::Json)?).into());
+        values.push(cells::to_json(&cell(value, element, wanted)?).into());
     }
     // From the innermost dimension outwards, each run of values becomes one.
     for length in lengths.into_iter().skip(1).rev() {
