@@ -5,6 +5,4 @@ pub mod sql;
 use pipeline::plugin::SinkPlugin;
 
 /// Every sink, in the order of the documentation.
-pub const SINKS: &[SinkPlugin] = &[
-    SinkPlugin::of::<sql::SqlConfig>(),
-];
+pub const SINKS: &[SinkPlugin] = &[SinkPlugin::of::<sql::SqlConfig>()];

@@ -5,6 +5,4 @@ pub mod sql;
 use pipeline::plugin::SourcePlugin;
 
 /// Every source, in the order of the documentation.
-pub const SOURCES: &[SourcePlugin] = &[
-    SourcePlugin::of::<sql::SqlConfig>(),
-];
+pub const SOURCES: &[SourcePlugin] = &[SourcePlugin::of::<sql::SqlConfig>()];
