@@ -2,6 +2,7 @@
 
 pub mod websocket;
 pub mod sse;
+pub mod sql;
 pub mod console;
 
 pub mod live;
@@ -12,6 +13,7 @@ use pipeline::plugin::SinkPlugin;
 pub const SINKS: &[SinkPlugin] = &[
     SinkPlugin::of::<websocket::WebSocketConfig>(),
     SinkPlugin::of::<sse::SseConfig>(),
+    SinkPlugin::of::<sql::SqlConfig>(),
     SinkPlugin::of::<console::ConsoleConfig>(),
 ];
 

@@ -1,0 +1,246 @@
+//! `sql`: rows of PostgreSQL, MySQL, MariaDB and SQLite.
+
+mod cells;
+mod collect;
+mod connection;
+mod key;
+mod mysql;
+mod options;
+mod plan;
+mod postgres;
+mod readers;
+mod sqlite;
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+use futures::future::BoxFuture;
+use indexmap::IndexMap;
+use pipeline::config::{At, CheckContext, Duration, Fields, SecretUrl};
+use pipeline::error::{Error, Result};
+use pipeline::plugin::{Delivery, Reader, Schedule, Source, SourceConfig, SourceContext, SourceShape};
+use pipeline::schema::FieldType;
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+pub use options::{Cursor, SqlField, Words};
+
+use collect::Collector;
+use connection::Connection;
+use plan::{Mode, Plan, Query};
+use readers::{CursorReader, SnapshotReader, TogetherReader};
+
+/// The page of the documentation.
+const PAGE: &str = "\
+Reads rows of PostgreSQL, MySQL, MariaDB or SQLite: a whole result at intervals, several queries as one row, or new rows only.
+
+## Emits
+- `query: SELECT …` (or `table: NAME`): all rows of the result at each poll.
+- `queries: {queue: SELECT …, workers: SELECT …}`: one row at each poll, with one struct column for each query, all
+  read in one read transaction (`REPEATABLE READ, READ ONLY` in PostgreSQL and MySQL, a deferred one in SQLite), so
+  that the figures belong together. A query without a row gives null; one with several is a row error.
+- with `cursor`: only rows after the last one read, in the order of the cursor's columns. While more rows wait than
+  fit into one batch, they are read at once, whatever `every` says.
+
+Every declared field must be a column of the result, by its exact name. Numbers fit `float`, whole ones `int`;
+decimals (what `sum` and `avg` give) fit `int`, `float`, `decimal(p,s)` and `string`; a time without a zone is UTC; UUID, time of
+day and enums are `string`; a PostgreSQL array is `json`, an interval `float` (seconds) or `string`; numbers 0 and 1 are
+`bool` in MySQL and SQLite; SQLite times are text, or numbers with `timestamp_s` and its like. A value that does not
+fit is a row error: it names the column and the value, and the other rows go on.
+
+## Delivery
+Without `cursor`: a sample of the state at each poll; it may be `on_demand`. With `cursor`: read again from the position
+in the checkpoint, nothing lost, nothing twice, if rows become visible in the order of the cursor (see Limits).
+
+## Limits
+- A cursor sees no row that becomes visible behind its position. In PostgreSQL and MySQL numbers and times are
+  drawn before the commit, so a transaction that commits late can be passed over; let the query hold back rows that are younger
+  than your longest transaction (`WHERE updated_at < now() - interval '10 seconds'`). In SQLite, with its single
+  writer, `INTEGER PRIMARY KEY AUTOINCREMENT` is in order.
+- A single cursor column must be unique; with several, all together. A time alone is refused. Rows with null in a cursor
+  column are not read. An index over the cursor's columns in their order keeps a poll cheap.
+- A snapshot of more than `rows_max` rows is an error, not a part of the rows.
+- The connection can only read. One connection per source.
+- The SQL is run as written: the YAML is trusted as the program itself.
+
+## Fails when
+The server, the file, a table or a column is missing, a password is wrong, a statement takes longer than `timeout`: the source says so in
+`/health` and tries again. A SQLite file is never created.
+";
+
+/// The options of a `sql` source.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SqlConfig {
+    /// `sqlite:FILE` (counted from the YAML's folder), `postgres://USER:PASSWORD@HOST/DATABASE`, or `mysql://…` (MariaDB too).
+    pub url: At<SecretUrl>,
+    /// Time between polls. Default `1s`: what a person calls live, at a cost any database bears.
+    #[serde(default = "every_default")]
+    pub every: At<Duration>,
+    /// A SELECT. Exactly one of `query`, `table`, `queries`.
+    pub query: Option<At<String>>,
+    /// A table or view; the declared fields are read from it. `SCHEMA.TABLE` works too.
+    pub table: Option<At<String>>,
+    /// SELECTs by name: one row of structs at each poll, from one transaction.
+    pub queries: Option<At<IndexMap<String, At<String>>>>,
+    /// Columns with their types; with `queries`, the columns of each query: `{queue: {pending: int}}`.
+    /// `pipeline fields` prints them.
+    #[serde(default)]
+    pub fields: IndexMap<String, At<SqlField>>,
+    /// Read new rows only: `id`, `[updated_at, id]`, or `{column: id, start: 1000}`. Default: all rows at each poll.
+    pub cursor: Option<At<Cursor>>,
+    /// Most rows of one snapshot. Default 8192, one batch: more is nearly always a forgotten `GROUP BY`.
+    pub rows_max: Option<At<usize>>,
+    /// Most time of one statement. Default `10s`: longer ones hurt the database more than they tell.
+    #[serde(default = "timeout_default")]
+    pub timeout: At<Duration>,
+}
+
+fn every_default() -> At<Duration> {
+    At::nowhere(Duration::from_secs(1))
+}
+
+fn timeout_default() -> At<Duration> {
+    At::nowhere(Duration::from_secs(10))
+}
+
+impl SourceConfig for SqlConfig {
+    const TYPE: &'static str = "sql";
+    const PAGE: &'static str = PAGE;
+    const EXAMPLE: &'static str = "\
+type: sql
+url: sqlite:demo.db
+every: 3s
+queries:
+  queue: SELECT count(*) AS total, sum(status = 'pending') AS pending FROM publish_log
+  scheduler: SELECT avg(unixepoch(published_at) - unixepoch(scheduled_for)) AS avg_delay_seconds FROM publish_log
+fields:
+  queue: {total: int, pending: int}
+  scheduler: {avg_delay_seconds: float}
+";
+
+    fn check(&self, cx: &mut CheckContext<'_>) -> Option<SourceShape> {
+        let plan = plan::plan(self, &mut |position, message, hint| cx.error_hint(position, message, hint))?;
+        let is_cursor = matches!(plan.mode, Mode::Cursor { .. });
+        Some(SourceShape {
+            schema: plan.schema(),
+            delivery: if is_cursor { Delivery::Replayable } else { Delivery::Sampled },
+            schedule: Schedule::Every(self.every.0),
+            bounded: false,
+            can_be_on_demand: !is_cursor,
+            mounts: Vec::new(),
+        })
+    }
+
+    fn build(&self, cx: SourceContext) -> Result<Box<dyn Source>> {
+        let plan = self.checked_plan()?;
+        Ok(Box::new(SqlSource { plan, url: self.url.value.clone(), timeout: self.timeout.value, folder: cx.folder }))
+    }
+
+    fn discover(&self, cx: SourceContext) -> BoxFuture<'_, Result<Fields>> {
+        Box::pin(self.discover(cx.folder))
+    }
+}
+
+impl SqlConfig {
+    fn checked_plan(&self) -> Result<Plan> {
+        let mut problem = None;
+        let plan = plan::plan(self, &mut |_, message, _| problem = Some(message));
+        plan.ok_or_else(|| Error::user(problem.unwrap_or_default()))
+    }
+
+    /// Asks the database for the columns of the query, and SQLite for a first row where the types are not told.
+    async fn discover(&self, folder: PathBuf) -> Result<Fields> {
+        let server = plan::Server::of(self.url.expose()).map_err(Error::user)?;
+        let timeout = *self.timeout.value;
+        let mut connection = Connection::open(&server, &self.url, &folder, timeout).await?;
+        if let Some(queries) = &self.queries {
+            let mut blocks = String::new();
+            for (name, sql) in &queries.value {
+                let fields = discover_query(&mut connection, sql).await.map_err(|e| e.context(name))?;
+                let columns: Vec<String> =
+                    fields.0.iter().map(|(name, spec)| format!("{name}: {}", spec.field_type)).collect();
+                blocks.push_str(&format!("\n  {name}: {{{}}}", columns.join(", ")));
+            }
+            return Err(Error::user(format!(
+                "with `queries` the fields lie one level deeper; they are\nfields:{blocks}"
+            )));
+        }
+        let sql = match (&self.query, &self.table) {
+            (Some(query), _) => query.trim().trim_end_matches(';').to_owned(),
+            (None, Some(table)) => format!("SELECT * FROM {}", server.quote(table)),
+            (None, None) => return Err(Error::user("expected `query`, `table` or `queries`")),
+        };
+        discover_query(&mut connection, &sql).await
+    }
+}
+
+async fn discover_query(connection: &mut Connection, sql: &str) -> Result<Fields> {
+    let columns = connection.columns(sql).await?;
+    let mut fields = Vec::new();
+    for column in &columns {
+        let field_type = match column.field_type {
+            Some(field_type) => field_type,
+            None => first_fit(connection, sql, &column.name).await?,
+        };
+        fields.push((column.name.as_str(), field_type));
+    }
+    Ok(Fields::of(fields))
+}
+
+/// The first type that the first row's value fits; text if there is no value to see.
+async fn first_fit(connection: &mut Connection, sql: &str, name: &str) -> Result<FieldType> {
+    for field_type in [FieldType::Int, FieldType::Float, FieldType::Timestamp(None), FieldType::String] {
+        let mut rows = Collector::new(&Fields::of([(name, field_type)]), &[], 1);
+        connection.fetch(sql, &[], &mut rows).await?;
+        let (batch, errors) = rows.finish()?;
+        if errors.is_empty() {
+            let seen = batch.columns().iter().any(|column| column.len() > column.null_count());
+            return Ok(if seen { field_type } else { FieldType::String });
+        }
+    }
+    Ok(FieldType::Bytes)
+}
+
+/// A source that is to run: opens one connection at a time.
+struct SqlSource {
+    plan: Plan,
+    url: SecretUrl,
+    timeout: Duration,
+    folder: PathBuf,
+}
+
+#[async_trait]
+impl Source for SqlSource {
+    async fn connect(&mut self, position: Option<&[u8]>) -> Result<Reader> {
+        let Plan { server, mode } = &self.plan;
+        let mut connection = Connection::open(server, &self.url, &self.folder, *self.timeout).await?;
+        Ok(Reader::Pull(match mode {
+            Mode::Snapshot { query, rows_max } => {
+                verify(&mut connection, query).await?;
+                let (query, rows_max) = (query.clone(), *rows_max);
+                Box::new(SnapshotReader { connection, query, rows_max, waiting: VecDeque::new() })
+            }
+            Mode::Together(queries) => {
+                for (name, query) in queries {
+                    verify(&mut connection, query).await.map_err(|e| e.context(format!("query `{name}`")))?;
+                }
+                Box::new(TogetherReader { connection, queries: queries.clone(), schema: self.plan.schema() })
+            }
+            Mode::Cursor { query, columns, start } => {
+                verify(&mut connection, query).await?;
+                let stored = position.map(|p| key::decode(columns, p)).transpose()?.unwrap_or_default();
+                let keys = if stored.is_empty() { start.clone() } else { stored };
+                Box::new(CursorReader::new(connection, server, query, columns, keys))
+            }
+        }))
+    }
+}
+
+/// Prepares the query, so that a source is connected only when its query can run and has the declared columns.
+async fn verify(connection: &mut Connection, query: &Query) -> Result<()> {
+    let columns = connection.columns(&query.sql).await?;
+    let names: Vec<&str> = columns.iter().map(|c| c.name.as_str()).collect();
+    collect::places(query.fields.0.keys(), &names).map(drop)
+}
