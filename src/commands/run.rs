@@ -9,8 +9,16 @@ use tracing::info;
 
 use super::{Failure, by_blame, load};
 
+const JAVASCRIPT: &str = "text/javascript; charset=utf-8";
+
 /// The web page: path, content type, text.
-const PAGES: &[(&str, &str, &str)] = &[("/", "text/html; charset=utf-8", include_str!("../../dashboard/index.html"))];
+const PAGES: &[(&str, &str, &str)] = &[
+    ("/", "text/html; charset=utf-8", include_str!("../../dashboard/index.html")),
+    ("/dashboard.css", "text/css; charset=utf-8", include_str!("../../dashboard/dashboard.css")),
+    ("/dashboard.js", JAVASCRIPT, include_str!("../../dashboard/dashboard.js")),
+    ("/connection.js", JAVASCRIPT, include_str!("../../dashboard/connection.js")),
+    ("/metrics.js", JAVASCRIPT, include_str!("../../dashboard/metrics.js")),
+];
 
 #[derive(Debug, Args)]
 pub(super) struct Run {

@@ -1,14 +1,8 @@
 //! What all tests of the whole program share: scratch folders, free ports, servers, the built binary.
 
-<<<<<<< HEAD
-<<<<<<< HEAD
-pub mod program;
-=======
-pub(crate) mod http;
->>>>>>> live
-=======
 pub mod databases;
->>>>>>> sql
+pub mod http;
+pub mod program;
 
 use std::io::{BufRead, BufReader, Read};
 use std::net::{TcpListener, TcpStream};

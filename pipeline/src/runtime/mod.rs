@@ -27,7 +27,7 @@ use std::sync::Arc;
 use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Duration, MissedTickBehavior, interval};
+use tokio::time::{Duration, MissedTickBehavior, interval, sleep, timeout};
 use tracing::{info, warn};
 
 pub use coordinator::Stopped;
@@ -52,6 +52,9 @@ use store::{Checkpoint, Store};
 
 /// How often demand is looked at even if nothing changed: the minute after a `GET` ends by itself.
 const DEMAND_EVERY: Duration = Duration::from_secs(1);
+
+/// At a stop, live clients may say good-bye for this long.
+const CLIENTS_WITHIN: Duration = Duration::from_secs(5);
 
 /// Reports and controls that wait; every node sends at most two a checkpoint.
 const SIGNALS_MAX: usize = 1024;
@@ -176,6 +179,13 @@ impl Starter {
         };
         let stopped = coordinator.run(stop, drain).await?;
         server.stop().await;
+        let closed = async {
+            while self.status.connections.totals().active_connections > 0 {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        // Live clients are told to go when their sink is dropped; one that does not answer is left behind.
+        let _ = timeout(CLIENTS_WITHIN, closed).await;
         let failed = self.status.nodes().into_iter().filter_map(|node| match node.state() {
             NodeState::Failed(reason) => Some((format!("{} {}", node.kind.as_str(), node.name), reason)),
             _ => None,
