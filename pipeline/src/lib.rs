@@ -7,6 +7,7 @@ pub mod expression;
 pub mod http;
 pub mod json;
 pub mod live;
+pub mod network;
 pub mod plugin;
 pub mod rows;
 pub mod schema;
