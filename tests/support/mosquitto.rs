@@ -17,10 +17,16 @@ pub struct Mosquitto {
 impl Mosquitto {
     /// A broker that takes anyone and writes its sessions to the disk at every change.
     pub fn start() -> Self {
-        Self::start_with("allow_anonymous true")
+        let lines = "persistence true\npersistence_location DIR/\nautosave_on_changes true\nautosave_interval 1";
+        Self::start_with(&format!("allow_anonymous true\n{lines}"))
     }
 
-    /// A broker with more lines in its configuration; `DIR` in them is its folder.
+    /// A broker that takes anyone, keeps everything in memory, and drops nothing however slow a subscriber is.
+    pub fn start_in_memory() -> Self {
+        Self::start_with("allow_anonymous true\nmax_queued_messages 0\nmax_inflight_messages 0")
+    }
+
+    /// A broker with these lines in its configuration; `DIR` in them is its folder.
     pub fn start_with(lines: &str) -> Self {
         Self::start_in(Scratch::new(), lines)
     }
@@ -29,11 +35,9 @@ impl Mosquitto {
     pub fn start_in(folder: Scratch, lines: &str) -> Self {
         let port = free_port();
         let dir = folder.path().display().to_string();
-        let config = format!(
-            "user root\npersistence true\npersistence_location {dir}/\nautosave_on_changes true\nautosave_interval 1\n\
-             listener {port} 127.0.0.1\n{}\n",
-            lines.replace("DIR", &dir)
-        );
+        let lines = lines.replace("DIR", &dir);
+        // Started as root it would change to a user that may not write here.
+        let config = format!("user root\nlistener {port} 127.0.0.1\n{lines}\n");
         folder.write("mosquitto.conf", &config);
         let mut broker = Self { port, folder, process: None };
         broker.restart();

@@ -133,6 +133,13 @@ pub(super) fn refused(server: &str, code: &str) -> Error {
     Error::outside(format!("the MQTT broker {server} refused the connection ({code}){advice}"))
 }
 
+/// The broker ended the connection without a word. Version 3 has none for it, and brokers seldom use that of 5.
+pub(super) fn closed(server: &str, client_id: &str) -> Error {
+    Error::outside(format!(
+        "the MQTT broker {server} closed the connection: it stopped, or another client uses the client id `{client_id}`"
+    ))
+}
+
 /// The error of a connection that failed or broke.
 pub(super) fn broken(server: &str, cause: impl std::error::Error + Send + Sync + 'static) -> Error {
     Error::outside(format!("MQTT broker {server}")).because(cause)

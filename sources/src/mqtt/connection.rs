@@ -11,6 +11,7 @@ use pipeline::batch::BATCH_ROWS_MAX;
 use pipeline::error::{Error, Result};
 use pipeline::plugin::{Acknowledger, PushReader, Reader, Record};
 use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinHandle;
 
 use super::client::{Client, Event, Message, PacketId, Requests, connection_gone};
 
@@ -24,15 +25,20 @@ const QUEUE_BYTES_MAX: u32 = 64 << 20;
 
 /// Starts to poll the connection. `events` happened while it was made; `resumes` says whether the broker sends
 /// unacknowledged messages again after a reconnect; messages longer than `bytes_max` are cut to one byte more,
-/// by which [`super::decode`] knows them.
-pub(super) fn start(client: Box<dyn Client>, events: Vec<Event>, resumes: bool, bytes_max: usize) -> Reader {
+/// by which [`super::decode`] knows them. The task ends by itself after the reader and the acknowledger.
+pub(super) fn start(
+    client: Box<dyn Client>,
+    events: Vec<Event>,
+    resumes: bool,
+    bytes_max: usize,
+) -> (Reader, JoinHandle<()>) {
     let (sender, receiver) = mpsc::channel(QUEUE_MESSAGES_MAX);
     let room = Arc::new(Semaphore::new(QUEUE_BYTES_MAX as usize));
     let goodbye = Arc::new(Goodbye(client.requests()));
     let queue = Queue { sender, room: Arc::clone(&room), bytes_max };
-    tokio::spawn(drive(client, events, queue));
+    let task = tokio::spawn(drive(client, events, queue));
     let reader = MqttReader { receiver, room, resumes, failed: None, _goodbye: Arc::clone(&goodbye) };
-    Reader::Push(Box::new(reader), Box::new(MqttAcknowledger { goodbye }))
+    (Reader::Push(Box::new(reader), Box::new(MqttAcknowledger { goodbye })), task)
 }
 
 /// Polls until the connection breaks or our DISCONNECT has left.

@@ -25,6 +25,7 @@ use pipeline::schema::FieldType;
 use rustls::ClientConfig;
 use schemars::JsonSchema;
 use serde::Deserialize;
+use tokio::task::JoinHandle;
 
 use client::{Client, Event, PACKET_BYTES_MAX, Settings};
 use decode::MqttDecoder;
@@ -289,6 +290,9 @@ impl MqttConfig {
     }
 }
 
+/// Longest wait for the goodbye of a connection, which a broken line may swallow.
+const GOODBYE_MAX: std::time::Duration = std::time::Duration::from_secs(2);
+
 /// What `url` names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Broker {
@@ -365,6 +369,8 @@ struct MqttSource {
     path: PathBuf,
     /// From the first connection on.
     session: Option<Session>,
+    /// The task of the last connection.
+    last_task: Option<JoinHandle<()>>,
 }
 
 impl MqttSource {
@@ -378,7 +384,7 @@ impl MqttSource {
             _ => None,
         };
         let path = Session::path(&cx.state_dir, &cx.name);
-        Ok(Self { name: cx.name.clone(), config: config.clone(), broker, tls, path, session: None })
+        Ok(Self { name: cx.name.clone(), config: config.clone(), broker, tls, path, session: None, last_task: None })
     }
 
     fn settings(&self, client_id: String, persistent: bool) -> Settings {
@@ -431,6 +437,16 @@ impl MqttSource {
         Ok(session)
     }
 
+    /// Waits until the last connection has sent its acknowledgements: a new one of the same client id ends it.
+    async fn end_last_connection(&mut self) {
+        if let Some(task) = &mut self.last_task {
+            if tokio::time::timeout(GOODBYE_MAX, &mut *task).await.is_err() {
+                task.abort();
+            }
+            self.last_task = None;
+        }
+    }
+
     fn filters(&self) -> Vec<String> {
         self.config.parsed_topics().into_iter().map(|topic| topic.filter).collect()
     }
@@ -439,7 +455,8 @@ impl MqttSource {
 #[async_trait]
 impl Source for MqttSource {
     async fn connect(&mut self, _position: Option<&[u8]>) -> Result<Reader> {
-        let mut session = self.session().await?;
+        self.end_last_connection().await;
+        let session = self.session().await?;
         let persistent = self.config.session == SessionKind::Persistent;
         let settings = self.settings(session.client_id.clone(), persistent);
         let wanted = Subscribed { server: settings.server(), qos: settings.qos, filters: self.filters() };
@@ -455,11 +472,13 @@ impl Source for MqttSource {
         let change = session.change(present, &wanted);
         let events = subscribe(client.as_mut(), &change, settings.qos).await?;
         let path = self.path.clone();
-        let session = blocking(move || session.subscribed(wanted, &path).map(|()| session)).await?;
+        let session = blocking(move || session.subscribed(wanted, &path)).await?;
         self.session = Some(session);
         let resumes = persistent && settings.qos > 0;
         let bytes_max = usize::try_from(self.config.max_message.value.0).unwrap_or(usize::MAX);
-        Ok(connection::start(client, events, resumes, bytes_max))
+        let (reader, task) = connection::start(client, events, resumes, bytes_max);
+        self.last_task = Some(task);
+        Ok(reader)
     }
 }
 

@@ -99,13 +99,13 @@ impl Session {
         self.subscribed.server == server
     }
 
-    /// Notes that the broker confirmed `wanted`.
-    pub(super) fn subscribed(&mut self, wanted: Subscribed, path: &Path) -> Result<()> {
+    /// The session after the broker confirmed `wanted`.
+    pub(super) fn subscribed(mut self, wanted: Subscribed, path: &Path) -> Result<Self> {
         if self.subscribed != wanted {
             self.subscribed = wanted;
             self.store(path)?;
         }
-        Ok(())
+        Ok(self)
     }
 }
 

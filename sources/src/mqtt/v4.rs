@@ -7,12 +7,12 @@ use bytes::Bytes;
 use pipeline::error::{Error, Result};
 use rumqttc::{
     AsyncClient, ConnectionError, Event as LibraryEvent, EventLoop, MqttOptions, Outgoing, Packet, Publish, QoS,
-    SubscribeFilter, SubscribeReasonCode, TlsConfiguration, Transport,
+    StateError, SubscribeFilter, SubscribeReasonCode, TlsConfiguration, Transport,
 };
 
 use super::client::{
     CONNECT_SECONDS_MAX, Client, Event, Message, OUTGOING_MAX, PACKET_BYTES_MAX, PacketId, REQUESTS_MAX, Requests,
-    Settings, broken, connection_gone, refused,
+    Settings, broken, closed, connection_gone, refused,
 };
 
 /// A connection.
@@ -20,6 +20,7 @@ pub(super) struct V4 {
     client: AsyncClient,
     event_loop: EventLoop,
     server: String,
+    client_id: String,
 }
 
 impl V4 {
@@ -44,12 +45,13 @@ impl V4 {
         if settings.qos == 2 {
             expect_every_release(&mut event_loop);
         }
-        Self { client, event_loop, server: settings.server() }
+        Self { client, event_loop, server: settings.server(), client_id: settings.client_id.clone() }
     }
 
     fn error(&self, error: ConnectionError) -> Error {
         match error {
             ConnectionError::ConnectionRefused(code) => refused(&self.server, &format!("{code:?}")),
+            ConnectionError::MqttState(StateError::ConnectionAborted) => closed(&self.server, &self.client_id),
             error => broken(&self.server, error),
         }
     }

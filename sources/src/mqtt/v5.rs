@@ -11,7 +11,7 @@ use rumqttc::{NetworkOptions, Outgoing, TlsConfiguration, Transport};
 
 use super::client::{
     CONNECT_SECONDS_MAX, Client, Event, Message, OUTGOING_MAX, PACKET_BYTES_MAX, PacketId, REQUESTS_MAX, Requests,
-    Settings, broken, connection_gone, refused,
+    Settings, broken, closed, connection_gone, refused,
 };
 
 /// A connection.
@@ -58,13 +58,11 @@ impl V5 {
     fn error(&self, error: ConnectionError) -> Error {
         match error {
             ConnectionError::ConnectionRefused(code) => refused(&self.server, &format!("{code:?}")),
+            ConnectionError::MqttState(StateError::ConnectionAborted) => closed(&self.server, &self.client_id),
             ConnectionError::MqttState(StateError::ServerDisconnect {
                 reason_code: DisconnectReasonCode::SessionTakenOver,
                 ..
-            }) => Error::outside(format!(
-                "another client of the MQTT broker {} uses the client id `{}` and took the session over",
-                self.server, self.client_id
-            )),
+            }) => closed(&self.server, &self.client_id),
             error => broken(&self.server, error),
         }
     }
