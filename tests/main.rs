@@ -6,5 +6,6 @@
 mod dashboard;
 mod http;
 mod live;
+mod mqtt;
 mod sql;
 mod support;

@@ -10,6 +10,7 @@ pub mod history;
 pub mod http;
 pub mod json;
 pub mod live;
+pub mod network;
 pub mod plugin;
 pub mod rows;
 pub mod runtime;

@@ -3,6 +3,7 @@
 pub mod websocket;
 pub mod sse;
 pub mod sql;
+pub mod mqtt;
 pub mod console;
 
 pub mod live;
@@ -14,6 +15,7 @@ pub const SINKS: &[SinkPlugin] = &[
     SinkPlugin::of::<websocket::WebSocketConfig>(),
     SinkPlugin::of::<sse::SseConfig>(),
     SinkPlugin::of::<sql::SqlConfig>(),
+    SinkPlugin::of::<mqtt::MqttConfig>(),
     SinkPlugin::of::<console::ConsoleConfig>(),
 ];
 

@@ -1,5 +1,6 @@
 //! The sources of Tailwater, one file each. A new source is one file, one `mod` line and one entry in the list.
 
+pub mod mqtt;
 pub mod sql;
 pub mod http;
 pub mod file;
@@ -15,6 +16,7 @@ use pipeline::plugin::SourcePlugin;
 
 /// Every source, in the order of the documentation.
 pub const SOURCES: &[SourcePlugin] = &[
+    SourcePlugin::of::<mqtt::MqttConfig>(),
     SourcePlugin::of::<sql::SqlConfig>(),
     SourcePlugin::of::<http::HttpConfig>(),
     SourcePlugin::of::<file::FileConfig>(),

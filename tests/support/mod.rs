@@ -2,6 +2,7 @@
 
 pub mod databases;
 pub mod http;
+pub mod mosquitto;
 pub mod program;
 
 use std::io::{BufRead, BufReader, Read};
