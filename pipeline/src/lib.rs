@@ -4,6 +4,7 @@ pub mod batch;
 pub mod config;
 pub mod error;
 pub mod expression;
+pub mod history;
 pub mod http;
 pub mod json;
 pub mod live;

@@ -1,0 +1,154 @@
+//! The files of one table: `FOLDER/dt=YYYY-MM-DD/hh=HH/*.parquet`, where dt and hh are the UTC time of
+//! publishing. Always read from the folder itself: a listing that is kept would hide new files.
+
+use std::fs::{self, DirEntry, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
+use chrono::{DateTime, NaiveDate, Utc};
+use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
+
+use crate::batch::with_hidden_columns;
+use crate::error::{Error, Result};
+
+/// Column with the UTC day of publishing, read from the folder's name.
+pub const DAY: &str = "dt";
+/// Column with the UTC hour of publishing, read from the folder's name.
+pub const HOUR: &str = "hh";
+/// Folder beside the tables with files that are durable but not published. Their names do not end in `.parquet`.
+pub const STAGE_FOLDER: &str = ".stage";
+
+/// A published file.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct HistoryFile {
+    /// UTC day of publishing, in days since 1970.
+    pub day: i32,
+    /// UTC hour of publishing, 0 to 23.
+    pub hour: i64,
+    /// Where it lies.
+    pub path: PathBuf,
+}
+
+/// The folder of files published at `us` microseconds since 1970 UTC, below the table's folder.
+pub fn hour_folder(us: i64) -> PathBuf {
+    let time = DateTime::<Utc>::from_timestamp_micros(us).unwrap_or_default();
+    PathBuf::from(time.format("dt=%Y-%m-%d/hh=%H").to_string())
+}
+
+/// Day and hour of publishing of `us`, as [`HistoryFile`] has them.
+pub(super) fn day_and_hour(us: i64) -> (i32, i64) {
+    const HOUR_US: i64 = 3_600_000_000;
+    let hours = us.div_euclid(HOUR_US);
+    (i32::try_from(hours.div_euclid(24)).unwrap_or_default(), hours.rem_euclid(24))
+}
+
+/// All published files of a table, oldest folder first, then by name. No folder means no files. Folders and
+/// files that are named otherwise are passed over.
+pub fn list(table: &Path) -> io::Result<Vec<HistoryFile>> {
+    let mut files = Vec::new();
+    for (day_name, day_path) in entries(table)? {
+        let Some(day) = day_name.strip_prefix("dt=").and_then(parse_day) else { continue };
+        for (hour_name, hour_path) in entries(&day_path)? {
+            let Some(hour) = hour_name.strip_prefix("hh=").and_then(parse_hour) else { continue };
+            for (name, path) in entries(&hour_path)? {
+                if name.ends_with(".parquet") && !name.starts_with(['.', '_']) {
+                    files.push(HistoryFile { day, hour, path });
+                }
+            }
+        }
+    }
+    files.sort_unstable();
+    Ok(files)
+}
+
+/// Names and paths in a folder; none if it is not there (any more) or is no folder.
+fn entries(folder: &Path) -> io::Result<Vec<(String, PathBuf)>> {
+    let named = |entry: DirEntry| Some((entry.file_name().into_string().ok()?, entry.path()));
+    match fs::read_dir(folder) {
+        Ok(entries) => entries.filter_map(|entry| entry.map(named).transpose()).collect(),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
+fn parse_day(text: &str) -> Option<i32> {
+    Some(NaiveDate::parse_from_str(text, "%Y-%m-%d").ok()?.to_epoch_days())
+}
+
+fn parse_hour(text: &str) -> Option<i64> {
+    text.parse().ok().filter(|hour| (0..24).contains(hour))
+}
+
+/// The columns of a history file, for the visible columns of its pipeline: these, then `event_time` and
+/// `ingest_time` where no visible column has that name. All are nullable, because a file written before a
+/// column came has nulls in it.
+pub fn file_schema(visible: &SchemaRef) -> SchemaRef {
+    let visible_and_hidden = with_hidden_columns(visible);
+    let fields = visible_and_hidden.fields().iter().map(|field| field.as_ref().clone().with_nullable(true));
+    Arc::new(Schema::new(fields.collect::<Vec<_>>()))
+}
+
+/// The columns that a file's place tells: `dt` (date) and `hh` (int).
+pub(super) fn place_columns() -> Vec<FieldRef> {
+    vec![Arc::new(Field::new(DAY, DataType::Date32, false)), Arc::new(Field::new(HOUR, DataType::Int64, false))]
+}
+
+/// The columns of a published file, from its footer.
+pub fn schema_of_file(path: &Path) -> Result<SchemaRef> {
+    let failed = |cause: Box<dyn std::error::Error + Send + Sync>| {
+        Error::outside(format!("cannot read {}", path.display())).because(cause)
+    };
+    let file = File::open(path).map_err(|e| failed(e.into()))?;
+    let footer = ArrowReaderMetadata::load(&file, ArrowReaderOptions::new()).map_err(|e| failed(e.into()))?;
+    Ok(Arc::clone(footer.schema()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::time::parse_us;
+
+    #[test]
+    fn an_hour_folder_reads_back_as_its_day_and_hour() {
+        for text in ["1970-01-01T00:00:00Z", "2026-11-20T23:59:59.999999Z", "1969-12-31T23:00:00Z"] {
+            let us = parse_us(text).expect("a time");
+            let folder = hour_folder(us);
+            let folder = folder.to_str().expect("ASCII");
+            let (day, hour) = folder.split_once('/').expect("two levels");
+            let read = (
+                parse_day(day.strip_prefix("dt=").expect("dt")).expect("a day"),
+                parse_hour(hour.strip_prefix("hh=").expect("hh")).expect("an hour"),
+            );
+            assert_eq!(read, day_and_hour(us), "{text}");
+        }
+    }
+
+    #[test]
+    fn only_parquet_files_of_hour_folders_are_listed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        assert_eq!(list(&folder.path().join("none")).expect("no folder is no files"), []);
+        let put = |name: &str| {
+            let path = folder.path().join(name);
+            fs::create_dir_all(path.parent().expect("a parent")).expect("folders");
+            fs::write(path, "x").expect("a file");
+        };
+        for name in [
+            "dt=2026-11-20/hh=13/h-2-0.parquet",
+            "dt=2026-11-20/hh=02/h-1-0.parquet",
+            "dt=2026-11-20/hh=02/h-1-0.part",
+            "dt=2026-11-20/hh=02/.h-1-0.parquet",
+            "dt=2026-11-20/hh=24/h-1-0.parquet",
+            "dt=2026-11-20/h-1-0.parquet",
+            "dt=today/hh=02/h-1-0.parquet",
+            ".stage/h-1-0.part",
+            "README",
+        ] {
+            put(name);
+        }
+        let names: Vec<_> = list(folder.path()).expect("a listing").into_iter().map(|f| (f.hour, f.path)).collect();
+        let hour = |name: &str| folder.path().join("dt=2026-11-20").join(name);
+        assert_eq!(names, [(2, hour("hh=02/h-1-0.parquet")), (13, hour("hh=13/h-2-0.parquet"))]);
+    }
+}

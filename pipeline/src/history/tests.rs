@@ -1,0 +1,429 @@
+use std::fs::File;
+use std::path::Path;
+use std::sync::{Arc, RwLock};
+use std::time::{Duration, Instant};
+
+use arrow::array::{ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
+use arrow::datatypes::{Schema, SchemaRef};
+use http_body_util::BodyExt;
+use hyper::StatusCode;
+use parquet::arrow::ArrowWriter;
+
+use super::files::{file_schema, hour_folder};
+use super::http::QueryHandler;
+use super::*;
+use crate::schema::{FieldType, schema_of};
+
+/// 2026-11-20T12:00:00Z.
+const NOON_US: i64 = 1_795_176_000_000_000;
+const HOUR_US: i64 = 3_600_000_000;
+
+fn columns() -> SchemaRef {
+    schema_of([("device_id", FieldType::String), ("n", FieldType::Int), ("note", FieldType::Json)])
+}
+
+/// Rows of [`columns`] with the hidden times; device `d`, note `{"n":N}`, event time noon + n seconds.
+fn rows(numbers: impl IntoIterator<Item = i64>) -> RecordBatch {
+    let numbers: Vec<i64> = numbers.into_iter().collect();
+    let times: ArrayRef = Arc::new(
+        TimestampMicrosecondArray::from_iter_values(numbers.iter().map(|n| NOON_US + n * 1_000_000))
+            .with_timezone("UTC"),
+    );
+    let columns: Vec<ArrayRef> = vec![
+        Arc::new(StringArray::from_iter_values(numbers.iter().map(|_| "d"))),
+        Arc::new(Int64Array::from_iter_values(numbers.iter().copied())),
+        Arc::new(StringArray::from_iter_values(numbers.iter().map(|n| format!("{{\"n\":{n}}}")))),
+        Arc::clone(&times),
+        times,
+    ];
+    RecordBatch::try_new(file_schema(&super::tests::columns()), columns).expect("rows")
+}
+
+/// Publishes rows as a file of table `t` below `root`.
+fn publish(root: &Path, at_us: i64, name: &str, rows: &RecordBatch) -> PathBuf {
+    let folder = root.join("t").join(hour_folder(at_us));
+    std::fs::create_dir_all(&folder).expect("folders");
+    // Renamed into place, as a sink does: a query never meets half a file.
+    let (part, path) = (folder.join("part"), folder.join(name));
+    let mut writer = ArrowWriter::try_new(File::create(&part).expect("a file"), rows.schema(), None).expect("a writer");
+    writer.write(rows).expect("rows");
+    writer.close().expect("a footer");
+    std::fs::rename(part, &path).expect("published");
+    path
+}
+
+fn table(root: &Path) -> Table {
+    Table { name: "t".into(), sink: "history".into(), folder: root.to_owned(), schema: columns(), tail: None }
+}
+
+fn history(tables: impl IntoIterator<Item = Table>) -> Arc<History> {
+    Arc::new(History::new(tables.into_iter().collect()).expect("threads"))
+}
+
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    Builder::new_current_thread().enable_time().build().expect("a runtime").block_on(future)
+}
+
+fn query(history: &History, sql: &str) -> Result<QueryResult, QueryError> {
+    block_on(history.query(sql, &Limits::default()))
+}
+
+#[track_caller]
+fn csv(history: &History, sql: &str) -> String {
+    block_on(history.query_text(sql, Format::Csv, &Limits::default())).unwrap_or_else(|e| panic!("{sql}: {e}"))
+}
+
+#[track_caller]
+fn failure(history: &History, sql: &str, limits: &Limits) -> QueryError {
+    match block_on(history.query(sql, limits)) {
+        Ok(result) => panic!("{sql} gave {} rows", result.rows()),
+        Err(error) => error,
+    }
+}
+
+#[test]
+fn a_query_sees_published_and_waiting_rows_with_the_place_of_publishing() {
+    // Characters that URLs and object stores give a meaning to.
+    let scratch = tempfile::tempdir().expect("a folder");
+    let root = scratch.path().join("my history #1 100% é");
+    publish(&root, NOON_US, "h-1-0.parquet", &rows([1, 2]));
+    publish(&root, NOON_US + 3 * HOUR_US, "h-2-0.parquet", &rows([3]));
+    let tail: HistoryTail = Arc::new(RwLock::new(vec![rows([4]), rows([5, 6])]));
+    let history = history([Table { tail: Some(tail), ..table(&root) }]);
+    for (sql, expected) in [
+        ("SELECT count(*) AS c, sum(n) AS s FROM t", "c,s\n6,21\n"),
+        (
+            "SELECT n, dt, hh FROM t WHERE dt = '2026-11-20' AND hh < 13 ORDER BY n",
+            "n,dt,hh\n1,2026-11-20,12\n2,2026-11-20,12\n",
+        ),
+        ("SELECT n FROM t WHERE hh = 15 AND dt = DATE '2026-11-20'", "n\n3\n"),
+        // Waiting rows count as published now, whenever that is.
+        ("SELECT count(*) AS c FROM t WHERE dt >= current_date() - INTERVAL '1 day' AND n > 3", "c\n3\n"),
+        ("SELECT n FROM t WHERE event_time = '2026-11-20T12:00:05Z'", "n\n5\n"),
+        (
+            "SELECT event_time, ingest_time FROM t WHERE n = 1",
+            "event_time,ingest_time\n2026-11-20T12:00:01.000Z,2026-11-20T12:00:01.000Z\n",
+        ),
+        ("SELECT a.n FROM t a JOIN t b ON a.n = b.n + 1 ORDER BY a.n DESC LIMIT 2", "n\n6\n5\n"),
+        ("SELECT n FROM t WHERE n > (SELECT avg(n) FROM t) ORDER BY n", "n\n4\n5\n6\n"),
+        ("SELECT count(*) AS c FROM versions.t", "c\n6\n"),
+        ("SELECT count(*) AS c FROM history.t", "c\n6\n"),
+    ] {
+        assert_eq!(csv(&history, sql), expected, "{sql}");
+    }
+    let all = query(&history, "SELECT * FROM t").expect("rows");
+    let names: Vec<_> = all.schema.fields().iter().map(|f| f.name().as_str()).collect();
+    assert_eq!(names, ["device_id", "n", "note", "event_time", "ingest_time", "dt", "hh"]);
+}
+
+#[test]
+fn files_are_passed_over_by_folder_and_by_event_time() {
+    let scratch = tempfile::tempdir().expect("a folder");
+    publish(scratch.path(), NOON_US, "h-1-0.parquet", &rows(0..100));
+    // No Parquet at all: opening it would fail.
+    let broken = scratch.path().join("t/dt=2026-11-19/hh=00/h-0-0.parquet");
+    std::fs::create_dir_all(broken.parent().expect("a parent")).expect("folders");
+    std::fs::write(&broken, "broken").expect("a file");
+    let history = history([table(scratch.path())]);
+    assert_eq!(csv(&history, "SELECT count(*) AS c FROM t WHERE dt >= '2026-11-20'"), "c\n100\n");
+    let error = failure(&history, "SELECT count(*) FROM t WHERE n > 0", &Limits::default());
+    assert_eq!(error.kind, QueryErrorKind::Files, "{error}");
+    std::fs::remove_file(broken).expect("removed");
+    let plan = csv(&history, "EXPLAIN ANALYZE SELECT n FROM t WHERE event_time > '2027-01-01'");
+    assert!(
+        plan.contains("files_ranges_pruned_statistics=") || plan.contains("row_groups_pruned_statistics="),
+        "{plan}"
+    );
+    assert!(plan.contains("row_groups_pruned_statistics=1 total → 0 matched"), "{plan}");
+}
+
+#[test]
+fn names_are_case_sensitive_and_wrong_ones_get_a_hint() {
+    let scratch = tempfile::tempdir().expect("a folder");
+    let schema = schema_of([("deviceId", FieldType::String), ("N", FieldType::Int)]);
+    let named = |name: &str, sink: &str| Table {
+        name: name.into(),
+        sink: sink.into(),
+        folder: scratch.path().join(sink),
+        schema: Arc::clone(&schema),
+        tail: None,
+    };
+    let history = history([named("Load", "a"), named("twice", "a"), named("twice", "b")]);
+    for sql in [
+        "SELECT COUNT(*), Sum(N) FROM Load",
+        "SELECT \"deviceId\", deviceId FROM a.Load",
+        "SELECT 1 FROM b.twice UNION ALL SELECT 1 FROM a.twice",
+        "WITH x AS (SELECT N FROM Load) SELECT * FROM x",
+    ] {
+        query(&history, sql).unwrap_or_else(|e| panic!("{sql}: {e}"));
+    }
+    for (sql, expected) in [
+        ("SELECT * FROM load", "no table `load` in the history; did you mean `Load`?"),
+        ("SELECT * FROM b.Load", "no table `b.Load` in the history; did you mean `a.Load`?"),
+        ("SELECT * FROM twice", "`twice` is in the history of 2 sinks; write `a.twice` or `b.twice`"),
+        ("SELECT * FROM versions.twice", "`twice` is in the history of 2 sinks; write `a.twice` or `b.twice`"),
+        ("SELECT deviceid FROM Load", "no column `deviceid` here; did you mean `deviceId`?"),
+        ("SELECT * FROM '/etc/passwd'", "no table `/etc/passwd` in the history; one of `Load`, `twice`, `twice`"),
+        ("SELEC 1", "Expected: an SQL statement, found: SELEC at line 1, column 1"),
+        ("SELECT nosuch(1)", "Invalid function 'nosuch'."),
+        ("SELECT 1 FROM Load WHERE", "Expected: an expression, found: EOF"),
+        ("SELECT 1; SELECT 2", "The context currently only supports a single SQL statement"),
+        ("  ", "an SQL query is missing"),
+        ("SELECT 1 / 0", "Divide by zero"),
+    ] {
+        let error = failure(&history, sql, &Limits::default());
+        assert_eq!((error.kind, error.to_string().as_str()), (QueryErrorKind::Sql, expected), "{sql}");
+    }
+}
+
+#[test]
+fn only_reading_is_allowed() {
+    let scratch = tempfile::tempdir().expect("a folder");
+    let history = history([table(scratch.path())]);
+    for sql in [
+        "SHOW TABLES",
+        "DESCRIBE t",
+        "SHOW COLUMNS FROM t",
+        "EXPLAIN SELECT * FROM t",
+        "EXPLAIN ANALYZE SELECT * FROM t",
+        "VALUES (1), (2)",
+        "SELECT 1",
+        "SELECT table_name FROM information_schema.tables",
+    ] {
+        query(&history, sql).unwrap_or_else(|e| panic!("{sql}: {e}"));
+    }
+    for sql in [
+        "CREATE TABLE x AS SELECT 1",
+        "CREATE VIEW x AS SELECT 1",
+        "CREATE EXTERNAL TABLE x STORED AS PARQUET LOCATION '/tmp'",
+        "EXPLAIN CREATE TABLE x AS SELECT 1",
+        "DROP TABLE t",
+        "INSERT INTO t VALUES (1)",
+        "WITH x AS (SELECT 1) INSERT INTO t SELECT * FROM x",
+        "DELETE FROM t",
+        "UPDATE t SET n = 1",
+        "COPY t TO '/tmp/x.parquet'",
+        "SET datafusion.execution.target_partitions = 64",
+        "PREPARE p AS SELECT 1",
+        "SELECT * INTO x FROM t",
+        "TRUNCATE t",
+    ] {
+        let error = failure(&history, sql, &Limits::default());
+        assert_eq!(error.kind, QueryErrorKind::Sql, "{sql}: {error}");
+    }
+    assert!(!scratch.path().join("t").exists());
+}
+
+#[test]
+fn a_column_that_came_or_went_reads_as_null() {
+    let scratch = tempfile::tempdir().expect("a folder");
+    publish(scratch.path(), NOON_US, "h-1-0.parquet", &rows([1]));
+    let waiting: HistoryTail = Arc::new(RwLock::new(vec![rows([2])]));
+    let schema = schema_of([("n", FieldType::Int), ("added", FieldType::Float)]);
+    let history = history([Table { schema: Arc::clone(&schema), tail: Some(waiting), ..table(scratch.path()) }]);
+    let times = Arc::new(TimestampMicrosecondArray::from(vec![NOON_US]).with_timezone("UTC"));
+    let columns: Vec<ArrayRef> =
+        vec![Arc::new(Int64Array::from(vec![3])), Arc::new(Float64Array::from(vec![0.5])), times.clone(), times];
+    let new = RecordBatch::try_new(file_schema(&schema), columns).expect("rows");
+    publish(scratch.path(), NOON_US, "h-2-0.parquet", &new);
+    assert_eq!(csv(&history, "SELECT n, added FROM t ORDER BY n"), "n,added\n1,\n2,\n3,0.5\n");
+    assert_eq!(csv(&history, "SELECT n FROM t WHERE added IS NULL ORDER BY n"), "n\n1\n2\n");
+    assert_eq!(failure(&history, "SELECT note FROM t", &Limits::default()).kind, QueryErrorKind::Sql);
+}
+
+#[test]
+fn a_table_without_files_is_empty_and_has_its_columns() {
+    let scratch = tempfile::tempdir().expect("a folder");
+    let history = history([table(&scratch.path().join("none"))]);
+    assert_eq!(csv(&history, "SELECT * FROM t"), "device_id,n,note,event_time,ingest_time,dt,hh\n");
+    assert_eq!(csv(&history, "SELECT count(*) AS c FROM t"), "c\n0\n");
+}
+
+#[test]
+fn a_file_that_vanishes_under_a_query_makes_it_start_anew() {
+    let scratch = tempfile::tempdir().expect("a folder");
+    let tail: HistoryTail = Arc::default();
+    let history = history([Table { tail: Some(Arc::clone(&tail)), ..table(scratch.path()) }]);
+    let mut path = publish(scratch.path(), NOON_US, "h-0-0.parquet", &rows(0..1000));
+    for round in 0..10 {
+        // Fewer replacements than tries, so that the query must succeed whenever they fall.
+        let swapper = std::thread::spawn({
+            let (tail, root, mut old) = (Arc::clone(&tail), scratch.path().to_owned(), path);
+            move || {
+                for swap in 0..3 {
+                    let _lock = tail.write();
+                    let new = publish(&root, NOON_US, &format!("h-{round}-{}.parquet", swap + 1), &rows(0..1000));
+                    std::fs::remove_file(old).expect("removed");
+                    old = new;
+                }
+                old
+            }
+        });
+        assert_eq!(csv(&history, "SELECT count(*) AS c, sum(n) AS s FROM t"), "c,s\n1000,499500\n");
+        path = swapper.join().expect("the swapper");
+    }
+    // Listed every time, never there.
+    std::os::unix::fs::symlink("/nowhere", path.with_file_name("gone.parquet")).expect("a link");
+    let error = failure(&history, "SELECT count(*) FROM t WHERE n > 1", &Limits::default());
+    assert_eq!(error.kind, QueryErrorKind::Files, "{error}");
+}
+
+#[test]
+fn every_limit_has_its_own_error() {
+    let history = history([]);
+    let limits = Limits::default();
+    let endless = "SELECT count(*) FROM generate_series(1, 100000) a, generate_series(1, 10000000) b WHERE a.value + b.value = -1";
+    for (sql, limits, kind, text) in [
+        (
+            endless,
+            Limits { time: Duration::from_millis(100), ..limits.clone() },
+            QueryErrorKind::Time,
+            "time limit of 100ms",
+        ),
+        (
+            "SELECT * FROM generate_series(1, 11)",
+            Limits { rows: 10, ..limits.clone() },
+            QueryErrorKind::Rows,
+            "limit of 10",
+        ),
+        (
+            "SELECT value, count(*) FROM generate_series(1, 1000000) GROUP BY value",
+            Limits { memory: 1 << 20, rows: usize::MAX, ..limits.clone() },
+            QueryErrorKind::Memory,
+            "memory limit of 1048576 bytes",
+        ),
+        (
+            "SELECT * FROM generate_series(1, 1000000) ORDER BY value DESC",
+            Limits { memory: 1 << 20, ..limits.clone() },
+            QueryErrorKind::Memory,
+            "memory limit of 1048576 bytes",
+        ),
+        (
+            "SELECT * FROM generate_series(1, 1000000)",
+            Limits { memory: 1 << 20, rows: usize::MAX, ..limits.clone() },
+            QueryErrorKind::Memory,
+            "memory limit of 1048576 bytes",
+        ),
+    ] {
+        let error = failure(&history, sql, &limits);
+        assert_eq!(error.kind, kind, "{sql}: {error}");
+        assert!(error.to_string().contains(text), "{sql}: {error}");
+    }
+    assert_eq!(query(&history, "SELECT * FROM generate_series(1, 10)").expect("rows").rows(), 10);
+}
+
+#[test]
+fn a_dropped_query_stops_and_makes_room_for_another() {
+    let history = history([]);
+    let limits = Limits { time: Duration::from_secs(600), ..Limits::default() };
+    let endless = "SELECT count(*) FROM generate_series(1, 100000) a, generate_series(1, 10000000) b WHERE a.value + b.value = -1";
+    block_on(async {
+        let mut running: Vec<_> = (0..QUERIES_MAX).map(|_| Box::pin(history.query(endless, &limits))).collect();
+        for query in &mut running {
+            assert!(futures::poll!(query).is_pending());
+        }
+        let error = history.query("SELECT 1", &limits).await.expect_err("no room");
+        assert_eq!(
+            (error.kind, error.to_string().as_str()),
+            (QueryErrorKind::Busy, "too many queries: 4 are running; try again later")
+        );
+        drop(running);
+        let start = Instant::now();
+        while let Err(error) = history.query("SELECT 1", &limits).await {
+            assert!(error.kind == QueryErrorKind::Busy && start.elapsed() < Duration::from_secs(60), "{error}");
+            tokio::task::yield_now().await;
+        }
+    });
+}
+
+#[test]
+fn the_longest_chain_of_operators_does_not_end_the_process() {
+    let history = history([]);
+    for (first, repeated, last) in [
+        ("SELECT 1", "+1", ""),
+        ("SELECT true", " OR 1=1", ""),
+        ("SELECT ", "-", "1"),
+        ("SELECT ", "(", "1"),
+        ("SELECT 1", " UNION SELECT 1", ""),
+        ("SELECT 1 FROM ", "(SELECT 1 FROM ", "x"),
+    ] {
+        let count = (SQL_BYTES_MAX - first.len() - last.len()) / repeated.len();
+        let sql = format!("{first}{}{last}", repeated.repeat(count));
+        // An answer or an error, either is fine.
+        let limits = Limits { time: Duration::from_secs(5), ..Limits::default() };
+        let _ = block_on(history.query(&sql, &limits));
+    }
+    let error = failure(&history, &format!("SELECT 1{}", "+1".repeat(SQL_BYTES_MAX)), &Limits::default());
+    assert_eq!(error.kind, QueryErrorKind::Sql);
+}
+
+#[test]
+fn rows_are_written_as_json_csv_and_table() {
+    let scratch = tempfile::tempdir().expect("a folder");
+    publish(scratch.path(), NOON_US, "h-1-0.parquet", &rows([1]));
+    let history = history([table(scratch.path())]);
+    let sql = "SELECT n, note, event_time, 'a,\"b\"' AS text, CAST(NULL AS int) AS nothing, '' AS empty, 0.5 AS half, \
+               CAST('1.50' AS decimal(9,2)) AS money, DATE '2026-11-20' AS day, true AS yes, [1, 2] AS list, \
+               'two' || chr(10) || 'lines' AS lines FROM t";
+    let write = |format: Format| block_on(history.query_text(sql, format, &Limits::default())).expect("text");
+    assert_eq!(
+        write(Format::Json),
+        "[\n{\"n\":1,\"note\":{\"n\":1},\"event_time\":\"2026-11-20T12:00:01.000Z\",\"text\":\"a,\\\"b\\\"\",\"nothing\":null,\
+         \"empty\":\"\",\"half\":0.5,\"money\":\"1.50\",\"day\":\"2026-11-20\",\"yes\":true,\"list\":[1,2],\"lines\":\"two\\nlines\"}\n]\n"
+    );
+    assert_eq!(
+        write(Format::Csv),
+        "n,note,event_time,text,nothing,empty,half,money,day,yes,list,lines\n\
+         1,\"{\"\"n\"\":1}\",2026-11-20T12:00:01.000Z,\"a,\"\"b\"\"\",,\"\",0.5,1.50,2026-11-20,true,\"[1,2]\",\"two\nlines\"\n"
+    );
+    let table = write(Format::Table);
+    let lines: Vec<&str> = table.lines().collect();
+    assert_eq!(lines.len(), 4, "{table}");
+    assert!(lines[2].starts_with(" 1 | {\"n\":1} | 2026-11-20T12:00:01.000Z | a,\"b\" |    NULL |"), "{table}");
+    assert!(lines[2].ends_with("| [1,2] | two\\nlines") && lines[3] == "(1 row)", "{table}");
+    let empty = query(&history, "SELECT n FROM t WHERE n > 5").expect("no rows");
+    assert_eq!(
+        (output::json(&empty), output::csv(&empty), output::table(&empty)),
+        ("[]\n".into(), "n\n".into(), " n\n---\n(0 rows)\n".into())
+    );
+}
+
+#[test]
+fn an_http_answer_tells_by_its_status_what_went_wrong() {
+    let handler = QueryHandler::new(history([]), Limits { rows: 10, ..Limits::default() });
+    for (body, status, text) in [
+        (r#"{"sql": "SELECT 1 AS one"}"#, StatusCode::OK, "[\n{\"one\":1}\n]\n"),
+        (r#"{"sql": "SELECT 1 AS one", "format": "csv"}"#, StatusCode::OK, "one\n1\n"),
+        (
+            r#"{"sql": "SELECT 1", "format": "xml"}"#,
+            StatusCode::BAD_REQUEST,
+            r#"{"error":"unknown format `xml`; one of `table`, `json`, `csv`"}"#,
+        ),
+        (r#"{"sql": "DROP TABLE t"}"#, StatusCode::BAD_REQUEST, "read-only"),
+        (
+            r#"{"sql": "SELECT * FROM t"}"#,
+            StatusCode::BAD_REQUEST,
+            "no table `t` in the history; no pipeline writes to a `parquet` sink",
+        ),
+        (r#"{"query": "SELECT 1"}"#, StatusCode::BAD_REQUEST, "unknown field `query`"),
+        ("SELECT 1", StatusCode::BAD_REQUEST, "the body is not"),
+        (r#"{"sql": "SELECT * FROM generate_series(1, 11)"}"#, StatusCode::PAYLOAD_TOO_LARGE, "limit of 10"),
+    ] {
+        let (found, answer) = block_on(async {
+            let response = handler.answer(body.as_bytes()).await;
+            (response.status(), response.into_body().collect().await.expect("a body").to_bytes())
+        });
+        let answer = String::from_utf8_lossy(&answer);
+        assert_eq!(found, status, "{body}: {answer}");
+        assert!(answer.contains(text), "{body}: {answer}");
+    }
+}
+
+#[test]
+fn text_columns_of_every_arrow_kind_are_written_alike() {
+    let schema = Arc::new(Schema::empty());
+    assert_eq!(output::json(&QueryResult { schema, batches: Vec::new() }), "[]\n");
+    let history = history([]);
+    let sql = "SELECT arrow_cast('x', 'Utf8View') AS a, arrow_cast('x', 'LargeUtf8') AS b, arrow_cast('x', 'Dictionary(Int32, Utf8)') AS c";
+    assert_eq!(csv(&history, sql), "a,b,c\nx,x,x\n");
+}
