@@ -1,6 +1,6 @@
 use std::fs;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use ::parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use ::parquet::file::reader::{FileReader, SerializedFileReader};
@@ -54,11 +54,8 @@ struct House {
 
 impl House {
     fn new(roll: Duration, roll_size: u64) -> Self {
-        let config = ParquetConfig {
-            path: At::nowhere("history".into()),
-            roll,
-            roll_size: At::nowhere(ByteSize(roll_size)),
-        };
+        let config =
+            ParquetConfig { path: At::nowhere("history".into()), roll, roll_size: At::nowhere(ByteSize(roll_size)) };
         let mut house =
             Self { scratch: TempDir::new().expect("a folder"), config, inputs: Vec::new(), tails: Vec::new() };
         house.input("load", columns());
@@ -123,7 +120,10 @@ impl House {
     }
 
     fn waiting(&self) -> usize {
-        self.tails.iter().map(|tail| tail.read().expect("a tail").iter().map(RecordBatch::num_rows).sum::<usize>()).sum()
+        self.tails
+            .iter()
+            .map(|tail| tail.read().expect("a tail").iter().map(RecordBatch::num_rows).sum::<usize>())
+            .sum()
     }
 
     fn history(&self) -> History {
@@ -141,9 +141,7 @@ impl House {
 fn numbers(path: &Path) -> Vec<i64> {
     let file = fs::File::open(path).expect("a file");
     let reader = ParquetRecordBatchReaderBuilder::try_new(file).expect("a footer").build().expect("a reader");
-    reader
-        .flat_map(|rows| rows.expect("rows")["n"].as_primitive::<Int64Type>().values().to_vec())
-        .collect()
+    reader.flat_map(|rows| rows.expect("rows")["n"].as_primitive::<Int64Type>().values().to_vec()).collect()
 }
 
 fn prepare(sink: &mut ParquetSink, checkpoint: u64, end: bool) -> Vec<u8> {
@@ -243,7 +241,10 @@ fn small_batches_are_joined_in_memory_and_in_the_checkpoint() {
         sink.write(0, &batch([number]), number as u64).expect("written");
     }
     assert!(sink.inputs[0].open.batches.len() <= 10, "{}", sink.inputs[0].open.batches.len());
-    assert_eq!((house.waiting(), house.tails[0].read().expect("a tail").len()), (1000, sink.inputs[0].open.batches.len()));
+    assert_eq!(
+        (house.waiting(), house.tails[0].read().expect("a tail").len()),
+        (1000, sink.inputs[0].open.batches.len())
+    );
     let state = prepare(&mut sink, 1, false);
     let mut sink = house.start(Some((1, &state)));
     prepare(&mut sink, 2, true);
@@ -255,7 +256,9 @@ fn small_batches_are_joined_in_memory_and_in_the_checkpoint() {
 #[derive(Clone, Copy)]
 enum Step {
     Write,
-    Prepare { end: bool },
+    Prepare {
+        end: bool,
+    },
     /// The checkpoint's manifest is renamed into place.
     Durable,
     Commit,
@@ -325,7 +328,11 @@ fn after_a_crash_at_any_step_every_row_is_published_once() {
             let last = *found.last().expect("rows");
             assert!(last >= 60, "{kind} {crashes:?}: {last}");
             assert_eq!(found, (1..=last).collect::<Vec<_>>(), "house {kind}, crashes before steps {crashes:?}");
-            assert_eq!((house.staged(), house.waiting()), (vec![], 0), "house {kind}, crashes before steps {crashes:?}");
+            assert_eq!(
+                (house.staged(), house.waiting()),
+                (vec![], 0),
+                "house {kind}, crashes before steps {crashes:?}"
+            );
         }
     }
 }
@@ -537,5 +544,8 @@ fn the_example_and_the_defaults_are_as_documented() {
     let mut problems = Problems::default();
     let mut cx = CheckContext::new(&mut problems, "sink history", Position::default(), Path::new("/"));
     let config: ParquetConfig = pipeline::config::deserialize::read(&node, &mut cx).expect("a configuration");
-    assert_eq!((config.path.as_str(), config.roll, config.roll_size.value), ("history", Duration::from_secs(60), ByteSize(128 << 20)));
+    assert_eq!(
+        (config.path.as_str(), config.roll, config.roll_size.value),
+        ("history", Duration::from_secs(60), ByteSize(128 << 20))
+    );
 }
