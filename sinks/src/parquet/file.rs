@@ -5,12 +5,14 @@
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use ::parquet::arrow::ArrowWriter;
 use ::parquet::basic::{Compression, ZstdLevel};
 use ::parquet::file::metadata::KeyValue;
 use ::parquet::file::properties::WriterProperties;
-use arrow::array::RecordBatch;
+use arrow::array::{RecordBatch, new_null_array};
+use arrow::datatypes::{Field, Schema};
 use pipeline::error::{Error, Result};
 use pipeline::time::format_us;
 
@@ -62,6 +64,15 @@ fn write_and_sync(path: &Path, batches: &[RecordBatch], footer: Vec<KeyValue>) -
     writer.finish().map_err(unwritten)?;
     drop(writer);
     file.sync_all().map_err(failed("sync", path))
+}
+
+/// Whether a file may have such a column: the writer is asked, in memory.
+pub(super) fn try_column(field: &Field) -> ::parquet::errors::Result<()> {
+    let schema = Arc::new(Schema::new(vec![field.clone().with_nullable(true)]));
+    let row = RecordBatch::try_new(Arc::clone(&schema), vec![new_null_array(field.data_type(), 1)])?;
+    let mut writer = ArrowWriter::try_new(Vec::new(), schema, None)?;
+    writer.write(&row)?;
+    writer.close().map(|_| ())
 }
 
 /// Renames `from` to `to`; fine if that has happened already.

@@ -8,11 +8,10 @@ mod tests;
 use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
 
-use ::parquet::arrow::ArrowSchemaConverter;
 use arrow::array::{Array, RecordBatch};
 use arrow::compute::concat_batches;
-use arrow::datatypes::{Schema, SchemaRef};
-use pipeline::batch::{BATCH_ROWS_MAX, Batch, with_hidden_columns};
+use arrow::datatypes::SchemaRef;
+use pipeline::batch::{BATCH_ROWS_MAX, Batch, Stage, with_hidden_columns};
 use pipeline::config::{At, ByteSize, CheckContext, Duration};
 use pipeline::error::{Error, Result};
 use pipeline::history::files::{self, DAY, HOUR, STAGE_FOLDER, hour_folder};
@@ -130,8 +129,7 @@ fn check_columns(input: &SinkInput, cx: &mut CheckContext<'_>) {
                 Some(format!("rename it in a `select` step, such as `{name}_value: {name}`")),
             );
         }
-        let alone = Schema::new(vec![field.as_ref().clone()]);
-        if let Err(error) = ArrowSchemaConverter::new().convert(&alone) {
+        if let Err(error) = file::try_column(field) {
             let word = type_word(field);
             cx.error(
                 position,
@@ -280,6 +278,9 @@ impl ParquetSink {
         let (Some(&min), Some(&max)) = (batch.event_us().iter().min(), batch.event_us().iter().max()) else {
             return Ok(());
         };
+        if batch.stage() == Stage::Partial {
+            return Ok(());
+        }
         let rows = batch.with_hidden()?;
         let rows = RecordBatch::try_new(SchemaRef::clone(&self.inputs[input].schema), rows.columns().to_vec())?;
         let bytes = bytes_of(&rows);
