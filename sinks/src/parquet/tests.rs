@@ -1,6 +1,6 @@
 use std::fs;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
 use ::parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use ::parquet::file::reader::{FileReader, SerializedFileReader};
@@ -528,6 +528,36 @@ fn a_query_beside_the_publishing_thread_sees_every_row_once() {
     done.store(true, SeqCst);
     let last = writer.join().expect("the writer");
     assert_eq!(house.published("load").len() as i64, last);
+}
+
+#[test]
+fn a_file_appears_and_its_rows_leave_the_tail_in_one_lock() {
+    let mut house = House::at_once();
+    let mut sink = house.start(None);
+    let written = Arc::new(AtomicUsize::new(0));
+    let writer = std::thread::spawn({
+        let written = Arc::clone(&written);
+        move || {
+            for checkpoint in 1..=200 {
+                // Counted before it can be seen, so that the count is never too low.
+                written.store(checkpoint, SeqCst);
+                write(&mut sink, 0, &batch([0]), checkpoint as u64).expect("written");
+                prepare(&mut sink, checkpoint as u64, false);
+                sink.commit(checkpoint as u64).expect("committed");
+            }
+        }
+    });
+    // Every file and every batch holds one row.
+    while !writer.is_finished() {
+        let tail = house.tails[0].read().expect("a tail");
+        let least = written.load(SeqCst).saturating_sub(1);
+        let seen = house.files("load").len() + tail.len();
+        drop(tail);
+        let most = written.load(SeqCst);
+        assert!((least..=most).contains(&seen), "{seen} rows of {least} to {most}");
+    }
+    writer.join().expect("the writer");
+    assert_eq!(house.files("load").len(), 200);
 }
 
 #[test]
