@@ -2,6 +2,7 @@
 
 pub mod websocket;
 pub mod sse;
+pub mod parquet;
 pub mod sql;
 pub mod mqtt;
 pub mod console;
@@ -14,6 +15,7 @@ use pipeline::plugin::SinkPlugin;
 pub const SINKS: &[SinkPlugin] = &[
     SinkPlugin::of::<websocket::WebSocketConfig>(),
     SinkPlugin::of::<sse::SseConfig>(),
+    SinkPlugin::of::<parquet::ParquetConfig>(),
     SinkPlugin::of::<sql::SqlConfig>(),
     SinkPlugin::of::<mqtt::MqttConfig>(),
     SinkPlugin::of::<console::ConsoleConfig>(),

@@ -28,7 +28,7 @@ use std::time::Duration;
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 use tokio::runtime::{Builder, Runtime};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use crate::error::{Blame, Error, Result};
@@ -44,9 +44,9 @@ pub const QUERIES_MAX: usize = 4;
 /// Most threads that work on queries. More would take the processor from the graph, which comes first.
 const THREADS_MAX: usize = 4;
 
-/// Stack of a query thread. The planner recurses once per operator of an expression: the longest chain that
-/// [`SQL_BYTES_MAX`] admits (`1+1+1…`) needs less than this in a debug build. Only touched pages are memory.
-const THREAD_STACK_BYTES: usize = 1 << 30;
+/// Stack of a query thread. The planner recurses once per nested operator; the deepest query that is allowed
+/// needs a part of this in a debug build. Only touched pages are memory.
+const THREAD_STACK_BYTES: usize = 64 << 20;
 
 /// Most threads that read files for queries; they wait for the disk.
 const READ_THREADS_MAX: usize = 8;
@@ -207,7 +207,13 @@ impl History {
         &self.tables
     }
 
-    /// Runs one read-only query and gives its rows. Dropping the future stops the work.
+    /// Runs one read-only query and gives its rows. To be called in a Tokio runtime with a timer.
+    ///
+    /// Dropping the future, or the end of the time, stops the work when it next comes to an end of a batch; a join
+    /// of everything with everything may hold its threads and its place among [`QUERIES_MAX`] some seconds longer.
+    ///
+    /// # Errors
+    /// See [`QueryErrorKind`].
     pub async fn query(&self, sql: &str, limits: &Limits) -> Result<QueryResult, QueryError> {
         self.run(sql, limits, |result| result).await
     }
@@ -238,30 +244,23 @@ impl History {
         let Some(runtime) = &self.runtime else {
             return Err(QueryError::new(QueryErrorKind::Internal, "the query threads have ended"));
         };
-        let work = work(Arc::clone(&self.tables), sql.to_owned(), limits.clone(), permit, finish);
-        let mut task = Stopping(runtime.spawn(work));
-        match (&mut task.0).await {
-            Ok(result) => result,
-            Err(error) => Err(QueryError::new(QueryErrorKind::Internal, format!("the query broke off: {error}"))),
+        let (tables, sql, limits) = (Arc::clone(&self.tables), sql.to_owned(), limits.clone());
+        let time = limits.time;
+        // The permit is held until the work has really ended.
+        let mut task = Stopping(runtime.spawn(async move {
+            let _permit = permit;
+            query::run(&tables, &sql, &limits).await.map(finish)
+        }));
+        // Waited for here, not on the query's own thread: that one may be busy.
+        match tokio::time::timeout(time, &mut task.0).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(error)) => Err(QueryError::new(QueryErrorKind::Internal, format!("the query broke off: {error}"))),
+            Err(_) => Err(QueryError {
+                kind: QueryErrorKind::Time,
+                message: format!("the query took longer than its time limit of {time:?}"),
+                hint: Some("narrow it: `WHERE dt >= …` passes over whole folders".to_owned()),
+            }),
         }
-    }
-}
-
-/// One query on a query thread. The permit is held until the work has really ended.
-async fn work<T>(
-    tables: Arc<[Table]>,
-    sql: String,
-    limits: Limits,
-    _permit: OwnedSemaphorePermit,
-    finish: impl FnOnce(QueryResult) -> T,
-) -> Result<T, QueryError> {
-    match tokio::time::timeout(limits.time, query::run(&tables, &sql, &limits)).await {
-        Ok(result) => result.map(finish),
-        Err(_) => Err(QueryError {
-            kind: QueryErrorKind::Time,
-            message: format!("the query took longer than its time limit of {:?}", limits.time),
-            hint: Some("narrow it: `WHERE dt >= …` passes over whole folders".to_owned()),
-        }),
     }
 }
 

@@ -1,5 +1,6 @@
 //! Runs one read-only query: names resolved to tables, planned, executed within its limits.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use arrow::array::{Array, RecordBatch};
@@ -13,7 +14,7 @@ use datafusion::execution::memory_pool::GreedyMemoryPool;
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::sql::parser::Statement as DfStatement;
-use datafusion::sql::sqlparser::ast::Statement as SqlStatement;
+use datafusion::sql::sqlparser::ast::{Expr as SqlExpr, Query, SetExpr, Statement as SqlStatement, Visit, Visitor};
 use futures::StreamExt;
 
 use super::table::QueriedTable;
@@ -31,6 +32,10 @@ const INFORMATION: &str = "information_schema";
 
 /// Times that a query starts anew because files vanished under it (merged or expired).
 const TRIES_MAX: usize = 5;
+
+/// Deepest nesting of operators, and most `UNION`s. The planner's time grows with the square of either, and it
+/// cannot be interrupted: this much takes a fraction of a second.
+pub(super) const DEPTH_MAX: usize = 500;
 
 type Outcome<T> = Result<T, QueryError>;
 
@@ -127,6 +132,7 @@ impl<'a> Attempt<'a> {
                     .to_owned(),
             ));
         }
+        refuse_depth(&statement)?;
         for reference in state.resolve_table_references(&statement).map_err(|e| describe(&e, limits))? {
             self.check_name(&reference)?;
         }
@@ -142,6 +148,7 @@ impl<'a> Attempt<'a> {
         let sinks: Vec<&str> = self.tables.iter().filter(|t| t.name == name).map(|t| t.sink.as_str()).collect();
         let known = match reference.schema() {
             Some(INFORMATION) => true,
+            None if sinks.is_empty() && self.context.table_function(name).is_ok() => true,
             Some(schema) if sinks.contains(&schema) => true,
             None | Some(HISTORY | VERSIONS) if sinks.len() > 1 => {
                 let names: Vec<String> = sinks.iter().map(|sink| format!("`{sink}.{name}`")).collect();
@@ -210,6 +217,42 @@ fn is_query(statement: &DfStatement) -> bool {
                 | SqlStatement::ShowColumns { .. }
         ),
         _ => false,
+    }
+}
+
+/// Refuses a statement that would take the planner too long, or more stack than there is.
+fn refuse_depth(statement: &DfStatement) -> Outcome<()> {
+    /// Counts on the way down.
+    struct Depth(usize);
+
+    impl Visitor for Depth {
+        type Break = ();
+
+        fn pre_visit_expr(&mut self, _: &SqlExpr) -> ControlFlow<()> {
+            self.0 += 1;
+            if self.0 > DEPTH_MAX { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        }
+
+        fn post_visit_expr(&mut self, _: &SqlExpr) -> ControlFlow<()> {
+            self.0 -= 1;
+            ControlFlow::Continue(())
+        }
+
+        fn pre_visit_query(&mut self, query: &Query) -> ControlFlow<()> {
+            let (mut body, mut unions) = (query.body.as_ref(), 0);
+            while let SetExpr::SetOperation { left, .. } = body {
+                (body, unions) = (left, unions + 1);
+            }
+            if unions > DEPTH_MAX { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        }
+    }
+
+    match statement {
+        DfStatement::Explain(explain) => refuse_depth(&explain.statement),
+        DfStatement::Statement(statement) if statement.visit(&mut Depth(0)).is_break() => {
+            Err(QueryError::new(QueryErrorKind::Sql, format!("the query is nested deeper than {DEPTH_MAX} operators")))
+        }
+        _ => Ok(()),
     }
 }
 

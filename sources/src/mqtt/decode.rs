@@ -43,7 +43,7 @@ impl MqttDecoder {
     }
 
     /// A row with what the topic says.
-    fn row<'r>(&self, topic: &'r str) -> Result<Row<'r>, String> {
+    fn row<'r>(&mut self, topic: &'r str) -> Result<Row<'r>, String> {
         let mut row = self.builder.row();
         let mut values = Vec::new();
         for BoundTopic { topic: pattern, columns } in &self.topics {
