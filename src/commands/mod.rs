@@ -108,7 +108,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<(), Failure> {
 /// `RUST_LOG` chooses what is logged; libraries only warn unless it says otherwise.
 fn log_to_stderr(format: LogFormat) {
     use tracing_subscriber::EnvFilter;
-    let default = "warn,tailwater=info,pipeline=info,sources=info,operators=info,sinks=info,rumqttd=error";
+    let default = "warn,tailwater=info,pipeline=info,sources=info,operators=info,sinks=info,rumqttd=off";
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     match format {
