@@ -2,5 +2,7 @@
 
 use pipeline::plugin::OperatorPlugin;
 
+pub mod window;
+
 /// Every operator, in the order of the documentation.
-pub const OPERATORS: &[OperatorPlugin] = &[];
+pub const OPERATORS: &[OperatorPlugin] = &[OperatorPlugin::of::<window::WindowConfig>()];
