@@ -26,8 +26,22 @@ use super::slots::{Argument, Call, Column, Source, State};
 
 /// The aggregates of our own, for hints.
 const OWN: [&str; 16] = [
-    "count", "sum", "avg", "min", "max", "stddev", "stddev_pop", "var", "var_pop", "first", "last", "rate", "delta",
-    "percentile", "distinct", "mean",
+    "count",
+    "sum",
+    "avg",
+    "min",
+    "max",
+    "stddev",
+    "stddev_pop",
+    "var",
+    "var_pop",
+    "first",
+    "last",
+    "rate",
+    "delta",
+    "percentile",
+    "distinct",
+    "mean",
 ];
 
 /// DataFusion aggregates that mean nothing here.
@@ -126,17 +140,16 @@ impl<'a> Calls<'a> {
 
     /// The index of a call.
     fn call(&mut self, text: &str, function: &Function, udf: Option<Arc<AggregateUDF>>) -> Checked<usize> {
+        let name = function.to_string();
+        if let Some(known) = self.fields.iter().position(|one| *one.name() == name) {
+            return Ok(known);
+        }
         let call = Written::read(text, function)?;
         let filter = match &function.filter {
             Some(condition) => Some(self.filter(text, condition)?),
             None => None,
         };
         let (source, field) = self.source(&call, filter, udf)?;
-        let name = function.to_string();
-        let known = self.fields.iter().position(|one| *one.name() == name);
-        if let Some(index) = known.filter(|index| self.calls[*index].source == source) {
-            return Ok(index);
-        }
         self.calls.push(Call { source, data_type: field.data_type().clone() });
         self.fields.push(field.with_name(name).with_nullable(true));
         Ok(self.calls.len() - 1)
@@ -207,8 +220,7 @@ impl<'a> Calls<'a> {
             }
             "min" | "max" => {
                 let argument = self.ordered(call)?;
-                let family =
-                    Family::Extreme { data_type: argument.data_type.clone(), greatest: call.name == "max" };
+                let family = Family::Extreme { data_type: argument.data_type.clone(), greatest: call.name == "max" };
                 (self.one(family, argument.index, filter), argument.field)
             }
             "first" | "last" | "first_value" | "last_value" if own => {
@@ -294,26 +306,33 @@ impl<'a> Calls<'a> {
         if call.name != "percentile" {
             call.expect(1, &format!("{}(x)", call.name))?;
         }
-        let argument = self.typed(call, "a number", is_number)?;
-        if data_type.is_none() { Ok(argument) } else { self.argument(call, 0, data_type) }
+        self.typed(call, "a number", is_number, data_type)
     }
 
     /// The argument of a call that takes any value with an order.
     fn ordered(&mut self, call: &Written<'_>) -> Checked<ArgumentOf> {
         call.expect(1, &format!("{}(x)", call.name))?;
-        self.typed(call, "a plain value", is_ordered)
+        self.typed(call, "a plain value", is_ordered, None)
     }
 
-    /// The first argument, whose type must be `fit`. An argument is noted only if it is.
-    fn typed(&mut self, call: &Written<'_>, wanted: &str, fit: fn(&DataType) -> bool) -> Checked<ArgumentOf> {
+    /// The first argument, whose type must be `fit`, as `data_type` or as the type of ours that it has.
+    fn typed(
+        &mut self,
+        call: &Written<'_>,
+        wanted: &str,
+        fit: fn(&DataType) -> bool,
+        data_type: Option<DataType>,
+    ) -> Checked<ArgumentOf> {
         let expression = Expression::of_ast(call.text, call.arguments[0].clone(), self.schema)?;
         if fit(&plain_type(expression.data_type())) {
-            return self.argument(call, 0, None);
+            return self.argument(call, 0, data_type);
         }
         let word = type_word(&expression.field("")).into_owned();
         let hint = match expression.data_type() {
             DataType::Utf8 if wanted == "a number" => Some(format!("`distinct({0})` counts values", call.arguments[0])),
-            DataType::Boolean => Some(format!("count where it is true: `count() FILTER (WHERE {})`", call.arguments[0])),
+            DataType::Boolean => {
+                Some(format!("count where it is true: `count() FILTER (WHERE {})`", call.arguments[0]))
+            }
             _ => None,
         };
         Err(call.error(format!("`{}` takes {wanted}, `{}` is {word}", call.name, call.arguments[0]), hint))
@@ -400,8 +419,7 @@ struct Written<'a> {
 impl<'a> Written<'a> {
     fn read(text: &'a str, function: &'a Function) -> Checked<Self> {
         let (name, offset) = name_of(text, function);
-        let mut call =
-            Self { text, offset, name, arguments: Vec::new(), distinct: false, ignore_nulls: false };
+        let mut call = Self { text, offset, name, arguments: Vec::new(), distinct: false, ignore_nulls: false };
         let mut nulls = function.null_treatment;
         if function.over.is_some() {
             return Err(call.error("OVER has no place here: the step is the window".to_owned(), None));
@@ -460,9 +478,8 @@ impl<'a> Written<'a> {
     /// The second argument of `percentile`.
     fn quantile(&self) -> Checked<f64> {
         let ast = self.arguments[1];
-        let wrong = |hint: Option<String>| {
-            self.error(format!("`{ast}` is no rank: expected a number from 0 to 1"), hint)
-        };
+        let wrong =
+            |hint: Option<String>| self.error(format!("`{ast}` is no rank: expected a number from 0 to 1"), hint);
         let constant = Expression::constant(self.text, ast.clone())
             .map_err(|_| wrong(Some("the rank is the same for all rows, such as 0.99".to_owned())))?;
         let ScalarValue::Float64(Some(q)) = constant.cast_to(&DataType::Float64).map_err(|_| wrong(None))? else {

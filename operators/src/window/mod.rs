@@ -184,7 +184,11 @@ impl WindowConfig {
             [(_, first), rest @ ..] => {
                 for (position, word) in rest {
                     let hint = Some("use two pipelines for two kinds".to_owned());
-                    cx.error_hint(*position, format!("a window has one kind, and `{first}` is given already: `{word}`"), hint);
+                    cx.error_hint(
+                        *position,
+                        format!("a window has one kind, and `{first}` is given already: `{word}`"),
+                        hint,
+                    );
                 }
                 None
             }
@@ -193,18 +197,21 @@ impl WindowConfig {
 
     fn checked_kind(&self) -> Result<Kind, (String, Option<String>)> {
         let positive = |name: &str, duration: Duration| match duration.as_us() {
-            0 => Err((format!("`{name}` must be more than 0s"), None)),
+            0 => Err((format!("{name} must be more than 0s"), None)),
             us => Ok(us),
         };
         if let Some(size) = &self.tumbling {
-            let size_us = positive("tumbling", size.value)?;
+            let size_us = positive("the length", size.value)?;
             return Ok(Kind::Grid(Grid { size_us, every_us: size_us }));
         }
         if let Some(sliding) = &self.sliding {
             let grid =
-                Grid { size_us: positive("size", sliding.size)?, every_us: positive("every", sliding.every)? };
+                Grid { size_us: positive("`size`", sliding.size)?, every_us: positive("`every`", sliding.every)? };
             if grid.every_us > grid.size_us {
-                let message = format!("every {} is longer than size {}: rows between windows would be lost", sliding.every, sliding.size);
+                let message = format!(
+                    "every {} is longer than size {}: rows between windows would be lost",
+                    sliding.every, sliding.size
+                );
                 return Err((message, Some(format!("use `tumbling: {}`, or a longer `size`", sliding.every))));
             }
             let panes = grid.size_us / grid.pane_us();
@@ -217,11 +224,11 @@ impl WindowConfig {
             return Ok(Kind::Grid(grid));
         }
         if let Some(session) = &self.session {
-            return Ok(Kind::Session { gap_us: positive("gap", session.gap)? });
+            return Ok(Kind::Session { gap_us: positive("`gap`", session.gap)? });
         }
         let Some(running) = &self.none else { return Err(("no kind".to_owned(), None)) };
-        let every_us = positive("every", running.every)?;
-        let reset_us = running.reset.map(|reset| positive("reset", reset)).transpose()?;
+        let every_us = positive("`every`", running.every)?;
+        let reset_us = running.reset.map(|reset| positive("`reset`", reset)).transpose()?;
         if reset_us.is_some_and(|reset_us| reset_us % every_us != 0) {
             return Err(("`reset` must be a multiple of `every`".to_owned(), None));
         }
@@ -234,11 +241,16 @@ impl WindowConfig {
             cx.error_hint(lateness.position, "`allowed_lateness` is not available yet", Some(hint));
         }
         let emit = self.emit.clone().unwrap_or_default();
-        let settings = [("final", emit.finals, true), ("partial", emit.partial, false), ("revised", emit.revised, false)];
+        let settings =
+            [("final", emit.finals, true), ("partial", emit.partial, false), ("revised", emit.revised, false)];
         for (name, setting, available) in settings {
             if let Some(setting) = setting.filter(|setting| setting.value != available) {
                 let message = format!("`{name}: {}` is not available yet", setting.value);
-                cx.error_hint(setting.position, message, Some("leave `emit` away, or write `emit: {final: true}`".to_owned()));
+                cx.error_hint(
+                    setting.position,
+                    message,
+                    Some("leave `emit` away, or write `emit: {final: true}`".to_owned()),
+                );
             }
         }
     }

@@ -315,15 +315,13 @@ impl Core {
         let slots: Vec<u32> = closing.iter().map(|one| one.slot).collect();
         let keys: Vec<u32> = slots.iter().map(|slot| self.key_of(*slot)).collect();
         let key_columns = self.plan.keys.decode(&self.keys, &keys)?;
-        let calls = (0..self.plan.calls.len()).map(|call| self.call(call, closing, &slots)).collect::<Result<Vec<_>>>()?;
+        let calls =
+            (0..self.plan.calls.len()).map(|call| self.call(call, closing, &slots)).collect::<Result<Vec<_>>>()?;
 
         let seen = |f: fn(&Seen) -> i64| slots.iter().map(|slot| f(self.seen(*slot))).collect::<Vec<i64>>();
         let event_us: Int64Array = closing.iter().map(|one| one.end_us - 1).collect::<Vec<_>>().into();
-        let times = Times {
-            watermark_us: event_us.clone(),
-            event_us,
-            ingest_us: seen(|seen| seen.newest_ingest_us).into(),
-        };
+        let times =
+            Times { watermark_us: event_us.clone(), event_us, ingest_us: seen(|seen| seen.newest_ingest_us).into() };
         let computed = self.columns(&calls, &key_columns, &times)?;
 
         let timestamps = |f: fn(&Closing) -> i64| -> ArrayRef {
@@ -348,9 +346,11 @@ impl Core {
                     Some(state) => self.slots.aggregates[*state].evaluate(slots, 0)?.to_data().into(),
                     None => slots.iter().map(|slot| Some(self.seen(*slot).rows)).collect(),
                 };
-                let rates = counts.values().iter().zip(closing).map(|(count, one)| {
-                    (one.span_us > 0).then(|| *count as f64 / (one.span_us as f64 / 1e6))
-                });
+                let rates = counts
+                    .values()
+                    .iter()
+                    .zip(closing)
+                    .map(|(count, one)| (one.span_us > 0).then(|| *count as f64 / (one.span_us as f64 / 1e6)));
                 Arc::new(rates.collect::<arrow::array::Float64Array>())
             }
             Source::State { state, output } => self.slots.aggregates[*state].evaluate(slots, *output)?,

@@ -23,7 +23,8 @@ pub(in super::super) const FUNCTION_BYTES_MAX: usize = 256 << 20;
 
 /// Whether the aggregate keeps its rows.
 pub(in super::super) fn buffers_rows(name: &str, distinct: bool) -> bool {
-    distinct || matches!(name, "array_agg" | "string_agg" | "median" | "percentile_cont" | "nth_value" | "quantile_cont")
+    distinct
+        || matches!(name, "array_agg" | "string_agg" | "median" | "percentile_cont" | "nth_value" | "quantile_cont")
 }
 
 /// One accumulator.
@@ -181,7 +182,9 @@ impl Aggregate for Function {
             fields
                 .iter()
                 .zip(&arrays)
-                .map(|(field, array)| field.as_ref().clone().with_data_type(array.data_type().clone()).with_nullable(true))
+                .map(|(field, array)| {
+                    field.as_ref().clone().with_data_type(array.data_type().clone()).with_nullable(true)
+                })
                 .collect::<Vec<_>>(),
         );
         let batches =

@@ -118,8 +118,7 @@ impl Aggregate for Moments {
 
     fn load(&mut self, slots: &[u32], state: &mut StateReader<'_>) -> Result<()> {
         for slot in slots {
-            self.spreads[*slot as usize] =
-                Spread { count: state.u64()?, mean: state.f64()?, squares: state.f64()? };
+            self.spreads[*slot as usize] = Spread { count: state.u64()?, mean: state.f64()?, squares: state.f64()? };
         }
         Ok(())
     }

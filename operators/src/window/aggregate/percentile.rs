@@ -81,9 +81,7 @@ impl Histogram {
         let lesser = |a: f64, b: f64| if compare_floats(&b, &a).is_lt() { b } else { a };
         let greater = |a: f64, b: f64| if compare_floats(&b, &a).is_gt() { b } else { a };
         self.ends = Some(match self.ends {
-            Some((least_so_far, greatest_so_far)) => {
-                (lesser(least_so_far, least), greater(greatest_so_far, greatest))
-            }
+            Some((least_so_far, greatest_so_far)) => (lesser(least_so_far, least), greater(greatest_so_far, greatest)),
             None => (least, greatest),
         });
     }
@@ -96,8 +94,7 @@ impl Histogram {
             self.widen(*value, *value);
         }
         bins.sort_unstable();
-        let counted: Vec<(i32, u64)> =
-            bins.chunk_by(|a, b| a == b).map(|same| (same[0], same.len() as u64)).collect();
+        let counted: Vec<(i32, u64)> = bins.chunk_by(|a, b| a == b).map(|same| (same[0], same.len() as u64)).collect();
         self.add_bins(&counted);
     }
 
@@ -127,6 +124,9 @@ impl Histogram {
     fn quantile(&self, q: f64) -> Option<f64> {
         let (least, greatest) = self.ends?;
         let rank = rank(q, self.count);
+        if rank <= 1 || rank == self.count {
+            return Some(if rank <= 1 { least } else { greatest });
+        }
         let mut seen = 0;
         let (bin, _) = self.bins.iter().find(|(_, count)| {
             seen += count;

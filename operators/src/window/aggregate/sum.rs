@@ -134,8 +134,7 @@ impl Aggregate for FloatSums {
 
     fn load(&mut self, slots: &[u32], state: &mut StateReader<'_>) -> Result<()> {
         for slot in slots {
-            self.sums[*slot as usize] =
-                FloatSum { sum: state.f64()?, correction: state.f64()?, count: state.u64()? };
+            self.sums[*slot as usize] = FloatSum { sum: state.f64()?, correction: state.f64()?, count: state.u64()? };
         }
         Ok(())
     }
@@ -236,9 +235,7 @@ impl Aggregate for WideSums {
         }
         let sums = slots.iter().map(|slot| &self.sums[*slot as usize]);
         Ok(match output {
-            SumOutput::Sum => {
-                Arc::new(sums.map(|sum| i64::try_from(sum.value()?).ok()).collect::<Int64Array>())
-            }
+            SumOutput::Sum => Arc::new(sums.map(|sum| i64::try_from(sum.value()?).ok()).collect::<Int64Array>()),
             SumOutput::Mean => {
                 Arc::new(sums.map(|sum| Some(sum.value()? as f64 / sum.count as f64)).collect::<Float64Array>())
             }
