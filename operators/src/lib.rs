@@ -2,6 +2,7 @@
 
 pub mod filter;
 pub mod select;
+pub mod window;
 pub mod join;
 pub mod deduplicate;
 
@@ -15,6 +16,7 @@ use pipeline::plugin::OperatorPlugin;
 pub const OPERATORS: &[OperatorPlugin] = &[
     OperatorPlugin::of::<filter::FilterConfig>(),
     OperatorPlugin::of::<select::SelectConfig>(),
+    OperatorPlugin::of::<window::WindowConfig>(),
     OperatorPlugin::of::<join::JoinConfig>(),
     OperatorPlugin::of::<deduplicate::DeduplicateConfig>(),
 ];

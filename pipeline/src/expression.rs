@@ -357,7 +357,7 @@ fn located(message: &str, text: &str) -> ExpressionError {
 }
 
 /// The character at a line and column from 1, counted from the start of the text.
-fn character_offset(text: &str, line: u64, column: u64) -> Option<usize> {
+pub fn character_offset(text: &str, line: u64, column: u64) -> Option<usize> {
     if line == 0 || column == 0 {
         return None;
     }
