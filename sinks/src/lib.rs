@@ -1,11 +1,11 @@
 //! The sinks of Tailwater, one file each. A new sink is one file, one `mod` line and one entry in the list.
 
-pub mod websocket;
-pub mod sse;
+pub mod console;
+pub mod mqtt;
 pub mod parquet;
 pub mod sql;
-pub mod mqtt;
-pub mod console;
+pub mod sse;
+pub mod websocket;
 
 pub mod live;
 

@@ -49,7 +49,11 @@ impl Query {
             Output::Json => Format::Json,
             Output::Csv => Format::Csv,
         };
-        let answer = futures::executor::block_on(history.query_text(&self.sql, format, &Limits::default()));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+        let runtime = runtime.map_err(|error| Failure::running(error.to_string()))?;
+        // A person at a terminal asked: no limit on rows, but on time and memory.
+        let limits = Limits { rows: usize::MAX, ..Limits::default() };
+        let answer = runtime.block_on(history.query_text(&self.sql, format, &limits));
         let mut text = answer.map_err(|error| by_blame(&error.into()))?;
         if !text.ends_with('\n') {
             text.push('\n');

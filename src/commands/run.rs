@@ -32,11 +32,7 @@ pub(super) struct Run {
 impl Run {
     pub(super) fn run(self) -> Result<(), Failure> {
         let graph = load(self.file.as_deref())?.graph()?;
-        let bounded = graph.is_bounded();
         let options = Options { drain: self.drain, pages: PAGES.to_vec() };
-        if !bounded && !self.drain {
-            info!("listening on http://{}/", graph.listen);
-        }
         let outcome = runtime::run(graph, options, stop_signal()).map_err(|error| by_blame(&error))?;
         for (node, reason) in &outcome.failed {
             eprintln!("error: {node}: {reason}");

@@ -30,7 +30,11 @@ impl Program {
 
     /// As [`Self::start`], in a folder and on a port of the caller's.
     pub fn start_in(scratch: Scratch, port: u16, yaml: &str) -> Self {
-        let yaml = if yaml.contains("server:") { yaml.to_owned() } else { format!("server: {{listen: 127.0.0.1:PORT}}\n{yaml}") };
+        let yaml = if yaml.contains("server:") {
+            yaml.to_owned()
+        } else {
+            format!("server: {{listen: 127.0.0.1:PORT}}\n{yaml}")
+        };
         scratch.write("pipelines.yaml", &yaml.replace("PORT", &port.to_string()));
         let mut process = Process::start(Command::new(BINARY).arg("run").current_dir(scratch.path()));
         wait_for("the program to answer", || {

@@ -120,6 +120,7 @@ impl Starter {
                 .because(e)
                 .fatal()
         })?;
+        info!("listening on http://{listen}/");
         let store = Store::open(&graph.state_dir)?;
         let restored = store.latest()?.unwrap_or_default();
         let status = Arc::new(Status::default());
