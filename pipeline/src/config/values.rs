@@ -11,7 +11,7 @@ use schemars::{JsonSchema, Schema as JsonSchemaValue, SchemaGenerator, json_sche
 use serde::Deserialize;
 use serde::de::{self, DeserializeOwned, Deserializer, MapAccess, Visitor};
 
-use super::problems::Position;
+use super::problems::{Position, did_you_mean};
 use crate::schema::{FieldType, TYPE_WORDS};
 
 /// Name by which [`At`] asks our deserializer for the place of a value.
@@ -353,7 +353,12 @@ impl JsonSchema for FieldSpec {
 
 impl<'de> Deserialize<'de> for FieldType {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+        let text = String::deserialize(deserializer)?;
+        let word = text.split('(').next().unwrap_or_default();
+        text.parse().map_err(|wrong| match did_you_mean(word, TYPE_WORDS) {
+            Some(hint) if word != "decimal" => de::Error::custom(format!("{wrong}; {hint}")),
+            _ => de::Error::custom(wrong),
+        })
     }
 }
 
