@@ -39,7 +39,8 @@ fn start_in(folder: Scratch, port: u16, broker: u16) -> Program {
 fn check_stream(mut next: impl FnMut() -> Value) {
     let hello = next();
     assert_eq!(hello["type"], "hello", "{hello}");
-    let named: Vec<&str> = hello["metrics"].as_array().expect("metrics").iter().flat_map(|m| m["name"].as_str()).collect();
+    let named: Vec<&str> =
+        hello["metrics"].as_array().expect("metrics").iter().flat_map(|m| m["name"].as_str()).collect();
     assert_eq!(named, METRICS);
     for metric in METRICS {
         let frame = next();
@@ -76,12 +77,11 @@ fn every_metric_comes_over_websocket_and_server_sent_events() {
     assert_eq!(stats["active_connections"], 2, "{stats}");
     assert_eq!(stats["subscribers"]["device_load"], 2, "{stats}");
     let open = program.get("/api/v1/connections");
-    let sinks: BTreeSet<&str> = open["open"].as_array().expect("open").iter().flat_map(|c| c["sink"].as_str()).collect();
+    let sinks: BTreeSet<&str> =
+        open["open"].as_array().expect("open").iter().flat_map(|c| c["sink"].as_str()).collect();
     assert_eq!(sinks, BTreeSet::from(["events", "live"]));
     drop((socket, events));
-    wait_for("both clients to be gone", || {
-        (program.get("/api/v1/stats")["active_connections"] == 0).then_some(())
-    });
+    wait_for("both clients to be gone", || (program.get("/api/v1/stats")["active_connections"] == 0).then_some(()));
     assert_eq!(program.get("/api/v1/connections")["closed"].as_array().map(Vec::len), Some(2));
     program.stop();
 }
@@ -93,7 +93,10 @@ fn a_reading_published_by_anybody_shows_up() {
     publish(broker, "devices/my-device/telemetry", &["-q", "1"], &[r#"{"latency_ms": 12.5}"#]);
     let frame = socket.until(|frame| frame["data"].as_array().is_some_and(|rows| !rows.is_empty()));
     let row = &frame["data"][0];
-    assert_eq!((&row["device_id"], &row["rps"], &row["avg_delay_ms"]), (&"my-device".into(), &1.0.into(), &12.5.into()));
+    assert_eq!(
+        (&row["device_id"], &row["rps"], &row["avg_delay_ms"]),
+        (&"my-device".into(), &1.0.into(), &12.5.into())
+    );
     let latest = program.get("/api/v1/metrics/device_load?device_id=my-device");
     assert_eq!(latest["data"][0], *row);
     let (status, _) = request(program.port, "GET", "/api/v1/metrics/nobody", "").expect("an answer");
@@ -121,10 +124,7 @@ fn the_http_surface_tells_of_every_node() {
     assert_eq!(names("sources"), ["devices", "job_queue", "machine", "made_readings", "made_jobs"]);
     let mut pipelines = names("pipelines");
     pipelines.sort_unstable();
-    assert_eq!(
-        pipelines,
-        ["device_load", "device_trend", "insert_jobs", "machine_load", "publish_readings", "queue"]
-    );
+    assert_eq!(pipelines, ["device_load", "device_trend", "insert_jobs", "machine_load", "publish_readings", "queue"]);
     assert_eq!(names("sinks"), ["live", "events", "history", "broker", "jobs"]);
     for kind in ["sources", "pipelines", "sinks"] {
         for node in graph[kind].as_array().expect(kind) {

@@ -3,6 +3,7 @@
 // There is nothing outside this binary that `pub` could mean.
 #![allow(unreachable_pub)]
 
+mod command_line;
 mod dashboard;
 mod default_graph;
 mod http;

@@ -23,7 +23,13 @@ fn check(schema: &Value, root: &Value, value: &Value, path: &str, found: &mut Ve
             "$schema" | "$defs" | "title" | "description" | "default" | "examples" | "format" => {}
             "$ref" => {
                 let name = says.as_str().and_then(|r| r.strip_prefix("#/$defs/")).expect("a local reference");
-                check(root["$defs"].get(name).unwrap_or_else(|| panic!("no definition {name}")), root, value, path, found);
+                check(
+                    root["$defs"].get(name).unwrap_or_else(|| panic!("no definition {name}")),
+                    root,
+                    value,
+                    path,
+                    found,
+                );
             }
             "type" => {
                 let list = says.as_array().cloned().unwrap_or_else(|| vec![says.clone()]);

@@ -317,7 +317,7 @@ impl<'de> Deserialize<'de> for FieldSpec {
                 f.write_str("a type such as `float`, or `{type: float, path: a.b}`")
             }
             fn visit_str<E: de::Error>(self, text: &str) -> Result<FieldSpec, E> {
-                let field_type = text.parse().map_err(E::custom)?;
+                let field_type = read_type(text).map_err(E::custom)?;
                 Ok(FieldSpec { field_type, path: None })
             }
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<FieldSpec, A::Error> {
@@ -353,13 +353,16 @@ impl JsonSchema for FieldSpec {
 
 impl<'de> Deserialize<'de> for FieldType {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        let word = text.split('(').next().unwrap_or_default();
-        text.parse().map_err(|wrong| match did_you_mean(word, TYPE_WORDS) {
-            Some(hint) if word != "decimal" => de::Error::custom(format!("{wrong}; {hint}")),
-            _ => de::Error::custom(wrong),
-        })
+        read_type(&String::deserialize(deserializer)?).map_err(de::Error::custom)
     }
+}
+
+/// A type word, or what is wrong with it and which word is near.
+fn read_type(text: &str) -> Result<FieldType, String> {
+    text.parse().map_err(|wrong: String| {
+        let hint = did_you_mean(text, TYPE_WORDS).filter(|hint| wrong.starts_with("unknown") && !hint.contains(text));
+        hint.map_or(wrong.clone(), |hint| format!("{wrong}; {hint}"))
+    })
 }
 
 impl JsonSchema for FieldType {
