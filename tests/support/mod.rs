@@ -1,5 +1,7 @@
 //! What all tests of the whole program share: scratch folders, free ports, servers, the built binary.
 
+pub(crate) mod redis;
+
 use std::io::{BufRead, BufReader, Read};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};

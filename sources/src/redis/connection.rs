@@ -29,6 +29,9 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 /// Silence after which the system probes whether the server's machine is still there.
 const KEEPALIVE_AFTER: Duration = Duration::from_secs(30);
 
+/// Events of fred that may wait, its default: connecting makes several at once, and to miss one looks like a failure.
+const EVENTS_MIN: usize = 32;
+
 /// What error replies begin with when the server as a whole cannot answer now, whatever the command.
 const UNAVAILABLE: [&str; 7] = ["LOADING", "BUSY", "MASTERDOWN", "NOAUTH", "CLUSTERDOWN", "TRYAGAIN", "READONLY"];
 
@@ -71,8 +74,8 @@ impl Endpoint {
     /// Connects, authenticates, selects the database. `messages_max` bounds the pub/sub messages that wait to
     /// be read, each taking about 100 bytes beside its text from the start.
     pub(crate) async fn connect(&self, messages_max: usize) -> Result<Connection> {
-        let performance =
-            PerformanceConfig { broadcast_channel_capacity: messages_max, ..PerformanceConfig::default() };
+        let capacity = messages_max.max(EVENTS_MIN);
+        let performance = PerformanceConfig { broadcast_channel_capacity: capacity, ..PerformanceConfig::default() };
         let keepalive = fred::socket2::TcpKeepalive::new().with_time(KEEPALIVE_AFTER).with_interval(PATIENCE);
         let tcp = TcpConfig { nodelay: Some(true), keepalive: Some(keepalive), ..TcpConfig::default() };
         let times = ConnectionConfig {
@@ -151,17 +154,17 @@ impl Drop for Connection {
 impl Connection {
     /// Sends one command and waits for its reply at most `patience`.
     pub(crate) async fn call(&mut self, command: Command, patience: Duration) -> Result<Reply> {
-        let mut replies = self.pipeline(vec![command], patience).await?;
+        let mut replies = self.pipeline(&[command], patience).await?;
         replies.pop().ok_or_else(|| Error::internal("no reply to one command"))
     }
 
     /// Sends all commands in order without waiting in between; one reply for each, error replies among them.
-    pub(crate) async fn pipeline(&mut self, commands: Vec<Command>, patience: Duration) -> Result<Vec<Reply>> {
+    pub(crate) async fn pipeline(&mut self, commands: &[Command], patience: Duration) -> Result<Vec<Reply>> {
         let client = self.client.clone();
         let work = async move {
-            let calls = commands.into_iter().map(|command| {
-                let arguments: Vec<Value> = command.arguments.into_iter().map(Value::Bytes).collect();
-                let name = CustomCommand::new(command.name, None::<u16>, false);
+            let calls = commands.iter().map(|command| {
+                let arguments: Vec<Value> = command.arguments.iter().cloned().map(Value::Bytes).collect();
+                let name = CustomCommand::new(command.name.clone(), None::<u16>, false);
                 Box::pin(maybe_done(client.custom_raw(name, arguments)))
             });
             let mut calls: Vec<_> = calls.collect();
@@ -252,6 +255,14 @@ impl Command {
     pub(crate) fn args<T: Into<Bytes>>(mut self, arguments: impl IntoIterator<Item = T>) -> Self {
         self.arguments.extend(arguments.into_iter().map(Into::into));
         self
+    }
+}
+
+impl std::fmt::Display for Command {
+    /// The command and its first argument, which mostly is the key.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.name)?;
+        self.arguments.first().map_or(Ok(()), |key| write!(f, " {}", String::from_utf8_lossy(key)))
     }
 }
 

@@ -83,7 +83,8 @@ async fn unacknowledged(connection: &mut Connection, processing: &str) -> Result
     let indexes: Vec<String> = (1..=length).map(|back| format!("-{back}")).collect();
     for indexes in indexes.chunks(POP_MAX) {
         let element = |index: &String| Command::new("LINDEX").args([processing.to_owned(), index.clone()]);
-        for reply in connection.pipeline(indexes.iter().map(element).collect(), PATIENCE).await? {
+        let commands: Vec<Command> = indexes.iter().map(element).collect();
+        for reply in connection.pipeline(&commands, PATIENCE).await? {
             match reply {
                 Reply::Text(element) => elements.push_back(element),
                 other => return Err(unexpected(connection, processing, &other)),
@@ -159,7 +160,7 @@ impl ListReader {
     async fn pop_many(&mut self) -> Result<Vec<Bytes>> {
         let mut commands = vec![self.pop.command("LMOVE"); self.waiting.min(POP_MAX)];
         commands.push(self.length());
-        let mut replies = self.connection.pipeline(commands, PATIENCE).await?;
+        let mut replies = self.connection.pipeline(&commands, PATIENCE).await?;
         if let Some(length) = replies.pop() {
             self.note_waiting(&length)?;
         }

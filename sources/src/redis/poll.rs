@@ -142,7 +142,8 @@ impl PullReader for PollReader {
 
 /// Runs all commands in one round trip.
 async fn ask(connection: &mut Connection, columns: &[PollColumn]) -> Result<Vec<Reply>> {
-    let replies = connection.pipeline(columns.iter().map(PollColumn::request).collect(), PATIENCE).await?;
+    let requests: Vec<Command> = columns.iter().map(PollColumn::request).collect();
+    let replies = connection.pipeline(&requests, PATIENCE).await?;
     match replies.iter().find_map(Reply::unavailable) {
         Some(words) => Err(connection.error(words)),
         None => Ok(replies),
