@@ -7,5 +7,6 @@ mod dashboard;
 mod http;
 mod live;
 mod mqtt;
+mod redis;
 mod sql;
 mod support;

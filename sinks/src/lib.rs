@@ -1,11 +1,12 @@
 //! The sinks of Tailwater, one file each. A new sink is one file, one `mod` line and one entry in the list.
 
-pub mod console;
-pub mod mqtt;
+pub mod websocket;
+pub mod sse;
 pub mod parquet;
 pub mod sql;
-pub mod sse;
-pub mod websocket;
+pub mod redis;
+pub mod mqtt;
+pub mod console;
 
 pub mod live;
 
@@ -17,6 +18,7 @@ pub const SINKS: &[SinkPlugin] = &[
     SinkPlugin::of::<sse::SseConfig>(),
     SinkPlugin::of::<parquet::ParquetConfig>(),
     SinkPlugin::of::<sql::SqlConfig>(),
+    SinkPlugin::of::<redis::RedisConfig>(),
     SinkPlugin::of::<mqtt::MqttConfig>(),
     SinkPlugin::of::<console::ConsoleConfig>(),
 ];

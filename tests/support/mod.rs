@@ -4,6 +4,7 @@ pub mod databases;
 pub mod http;
 pub mod mosquitto;
 pub mod program;
+pub mod redis;
 
 use std::io::{BufRead, BufReader, Read};
 use std::net::{TcpListener, TcpStream};
