@@ -1,10 +1,10 @@
 //! The operators of Tailwater, one file each. A new operator is one file, one `mod` line and one entry in the list.
 
+pub mod deduplicate;
 pub mod filter;
+pub mod join;
 pub mod select;
 pub mod window;
-pub mod join;
-pub mod deduplicate;
 
 mod keys;
 #[cfg(test)]

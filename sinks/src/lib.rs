@@ -1,12 +1,12 @@
 //! The sinks of Tailwater, one file each. A new sink is one file, one `mod` line and one entry in the list.
 
-pub mod websocket;
-pub mod sse;
-pub mod parquet;
-pub mod sql;
-pub mod redis;
-pub mod mqtt;
 pub mod console;
+pub mod mqtt;
+pub mod parquet;
+pub mod redis;
+pub mod sql;
+pub mod sse;
+pub mod websocket;
 
 pub mod live;
 

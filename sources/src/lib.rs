@@ -1,13 +1,13 @@
 //! The sources of Tailwater, one file each. A new source is one file, one `mod` line and one entry in the list.
 
-pub mod mqtt;
-pub mod redis;
-pub mod sql;
-pub mod http;
 pub mod file;
 pub mod generate;
 pub mod host;
+pub mod http;
+pub mod mqtt;
+pub mod redis;
 pub mod self_metrics;
+pub mod sql;
 
 mod fixed;
 #[cfg(test)]

@@ -10,14 +10,11 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 
-// Plugin crates do not import each other, and the care that this file takes is not to be written twice.
-#[path = "../../../sources/src/redis/connection.rs"]
-mod connection;
 mod operation;
 
 use arrow::array::RecordBatch;
-use connection::{Command, Connection, Endpoint, PATIENCE, Reply};
 use operation::{Operation, Rows};
+use wire::redis::{Command, Connection, Endpoint, PATIENCE, Reply};
 
 const PAGE: &str = "\
 Writes rows to a Redis server: sets keys, increments counters, pushes to lists, adds to streams, publishes.

@@ -12,8 +12,8 @@ use pipeline::json::{JsonRows, encode_rows};
 use pipeline::plugin::sink::SinkInput;
 use pipeline::schema::type_word;
 
-use super::connection::Command;
 use super::{Side, Write};
+use wire::redis::Command;
 
 /// What is wrong with an operation, and where.
 #[derive(Debug)]

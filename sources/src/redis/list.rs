@@ -13,7 +13,7 @@ use pipeline::plugin::source::{Acknowledger, PushReader, Reader, Record, Source}
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use super::connection::{Command, Connection, Endpoint, PATIENCE, Reply};
+use wire::redis::{Command, Connection, Endpoint, PATIENCE, Reply};
 
 /// How long the server holds a pop back when the list is empty. An element ends the wait at once, so this only
 /// bounds how long a dead connection stays unnoticed.

@@ -13,7 +13,6 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 mod command;
-mod connection;
 mod list;
 mod poll;
 mod pubsub;
@@ -22,11 +21,11 @@ mod stream;
 pub use list::ListEnd;
 pub use stream::StreamColumn;
 
-use connection::{Command, Connection, Endpoint, PATIENCE, Reply};
 use list::ListSource;
 use poll::{PollSource, Reads};
 use pubsub::PubsubSource;
 use stream::{Layout, Start, StreamSource};
+use wire::redis::{Command, Connection, Endpoint, PATIENCE, Reply};
 
 const PAGE: &str = "\
 Reads from a Redis server in one of four ways: polls commands, or takes stream entries, list elements or published messages.

@@ -11,7 +11,7 @@ use pipeline::schema::{FieldType, schema_of};
 use serde_json::Value;
 
 use super::command::{ReadCommand, Shape};
-use super::connection::{Command, Connection, Endpoint, PATIENCE, Reply};
+use wire::redis::{Command, Connection, Endpoint, PATIENCE, Reply};
 
 /// Commands by the name of their column.
 pub(super) type Reads = IndexMap<String, At<String>>;
@@ -136,7 +136,7 @@ impl PullReader for PollReader {
             }
         }
         self.rows.push(row);
-        Ok(Some(Pulled { rows: self.rows.finish()?, errors, position: Vec::new() }))
+        Ok(Some(Pulled { rows: self.rows.finish()?, errors, position: Vec::new(), more: false }))
     }
 }
 

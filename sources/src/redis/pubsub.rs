@@ -11,7 +11,7 @@ use pipeline::plugin::source::{Acknowledger, PushReader, Reader, Record, Source}
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 
-use super::connection::{Command, Connection, Endpoint, PATIENCE};
+use wire::redis::{Command, Connection, Endpoint, PATIENCE};
 
 /// Most messages that wait to be read; more are lost, counted and reported. Takes about 1 MiB from the start.
 const MESSAGES_MAX: usize = 8192;
@@ -61,7 +61,7 @@ impl Source for PubsubSource {
 
 async fn ping(connection: &mut Connection) -> Result<()> {
     match connection.call(Command::new("PING"), PATIENCE).await? {
-        super::connection::Reply::Error(words) => Err(connection.error(words)),
+        wire::redis::Reply::Error(words) => Err(connection.error(words)),
         _ => Ok(()),
     }
 }

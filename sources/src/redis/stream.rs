@@ -16,7 +16,7 @@ use pipeline::state::{StateReader, StateWriter};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use super::connection::{Command, Connection, Endpoint, PATIENCE, Reply};
+use wire::redis::{Command, Connection, Endpoint, PATIENCE, Reply};
 
 /// How long the server holds a read back when there is nothing new. New entries end the wait at once, so this
 /// only bounds how long a dead connection stays unnoticed.
@@ -235,7 +235,7 @@ impl PullReader for StreamReader {
                 }
             }
         }
-        Ok(Some(Pulled { rows: self.rows.finish()?, errors, position: encode_position(&self.positions) }))
+        Ok(Some(Pulled { rows: self.rows.finish()?, errors, position: encode_position(&self.positions), more: false }))
     }
 }
 

@@ -1,11 +1,9 @@
-//! One connection to a Redis server. All that the plugins know of fred is in this file and in `pubsub.rs`.
+//! One connection to a Redis server. All that the plugins know of fred is in this file and in the pub/sub source.
 //!
 //! Why fred is fenced in: without a reconnect policy its task ends with the connection, but its client goes on
 //! accepting commands that nobody will ever answer. So every call here also watches that task, and has a
 //! limit of time: a lost server is an error, never a silence. After an error the connection is of no use; the
 //! engine makes a new one.
-//!
-//! The sinks are built with this very file, because plugin crates do not import each other.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -24,7 +22,7 @@ use tokio::task::JoinHandle;
 
 /// How long a server may take to answer a command that does not wait by itself. A healthy one answers in
 /// milliseconds; one that is saving or loading may take seconds.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Silence after which the system probes whether the server's machine is still there.
 const KEEPALIVE_AFTER: Duration = Duration::from_secs(30);
@@ -37,19 +35,19 @@ const UNAVAILABLE: [&str; 7] = ["LOADING", "BUSY", "MASTERDOWN", "NOAUTH", "CLUS
 
 /// Where a server is and how to trust it.
 #[derive(Clone, Debug)]
-pub(crate) struct Endpoint {
+pub struct Endpoint {
     url: SecretUrl,
     authority: Option<PathBuf>,
 }
 
 impl Endpoint {
     /// `authority` is a PEM file of certificates to trust instead of the system's.
-    pub(crate) fn new(url: &SecretUrl, authority: Option<PathBuf>) -> Self {
+    pub fn new(url: &SecretUrl, authority: Option<PathBuf>) -> Self {
         Self { url: url.clone(), authority }
     }
 
     /// Reports what is wrong with a URL.
-    pub(crate) fn check(url: &At<SecretUrl>, authority: Option<&At<String>>, cx: &mut CheckContext<'_>) {
+    pub fn check(url: &At<SecretUrl>, authority: Option<&At<String>>, cx: &mut CheckContext<'_>) {
         let form = || Some("redis://user:password@host:6379/0, or rediss:// for TLS".to_owned());
         let parsed = match url::Url::parse(url.expose()) {
             Ok(parsed) => parsed,
@@ -73,7 +71,7 @@ impl Endpoint {
 
     /// Connects, authenticates, selects the database. `messages_max` bounds the pub/sub messages that wait to
     /// be read, each taking about 100 bytes beside its text from the start.
-    pub(crate) async fn connect(&self, messages_max: usize) -> Result<Connection> {
+    pub async fn connect(&self, messages_max: usize) -> Result<Connection> {
         let capacity = messages_max.max(EVENTS_MIN);
         let performance = PerformanceConfig { broadcast_channel_capacity: capacity, ..PerformanceConfig::default() };
         let keepalive = fred::socket2::TcpKeepalive::new().with_time(KEEPALIVE_AFTER).with_interval(PATIENCE);
@@ -138,8 +136,9 @@ impl Endpoint {
 }
 
 /// A live connection. It closes when this is dropped.
-pub(crate) struct Connection {
-    pub(super) client: Client,
+pub struct Connection {
+    /// fred's client; every use goes through [`Self::watch`].
+    pub client: Client,
     /// fred's task that owns the socket; it ends with the connection. `None` after an error.
     task: Option<JoinHandle<Result<(), fred::error::Error>>>,
     server: String,
@@ -153,13 +152,13 @@ impl Drop for Connection {
 
 impl Connection {
     /// Sends one command and waits for its reply at most `patience`.
-    pub(crate) async fn call(&mut self, command: Command, patience: Duration) -> Result<Reply> {
+    pub async fn call(&mut self, command: Command, patience: Duration) -> Result<Reply> {
         let mut replies = self.pipeline(&[command], patience).await?;
         replies.pop().ok_or_else(|| Error::internal("no reply to one command"))
     }
 
     /// Sends all commands in order without waiting in between; one reply for each, error replies among them.
-    pub(crate) async fn pipeline(&mut self, commands: &[Command], patience: Duration) -> Result<Vec<Reply>> {
+    pub async fn pipeline(&mut self, commands: &[Command], patience: Duration) -> Result<Vec<Reply>> {
         let client = self.client.clone();
         let work = async move {
             let calls = commands.iter().map(|command| {
@@ -185,7 +184,7 @@ impl Connection {
     }
 
     /// Does `work` unless the connection ends or `patience` runs out first; both close it.
-    pub(super) async fn watch<T>(
+    pub async fn watch<T>(
         &mut self,
         patience: Duration,
         work: impl Future<Output = Result<T, fred::error::Error>>,
@@ -216,7 +215,7 @@ impl Connection {
     }
 
     /// An error of this server.
-    pub(crate) fn error(&self, message: impl std::fmt::Display) -> Error {
+    pub fn error(&self, message: impl std::fmt::Display) -> Error {
         Error::outside(format!("{}: {message}", self.server))
     }
 }
@@ -234,25 +233,25 @@ fn describe(error: &fred::error::Error) -> String {
 
 /// A command with its arguments.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Command {
+pub struct Command {
     name: String,
     arguments: Vec<Bytes>,
 }
 
 impl Command {
     /// A command without arguments.
-    pub(crate) fn new(name: impl Into<String>) -> Self {
+    pub fn new(name: impl Into<String>) -> Self {
         Self { name: name.into(), arguments: Vec::new() }
     }
 
     /// Adds an argument.
-    pub(crate) fn arg(mut self, argument: impl Into<Bytes>) -> Self {
+    pub fn arg(mut self, argument: impl Into<Bytes>) -> Self {
         self.arguments.push(argument.into());
         self
     }
 
     /// Adds arguments.
-    pub(crate) fn args<T: Into<Bytes>>(mut self, arguments: impl IntoIterator<Item = T>) -> Self {
+    pub fn args<T: Into<Bytes>>(mut self, arguments: impl IntoIterator<Item = T>) -> Self {
         self.arguments.extend(arguments.into_iter().map(Into::into));
         self
     }
@@ -268,7 +267,7 @@ impl std::fmt::Display for Command {
 
 /// A reply of protocol version 2, which every server speaks.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Reply {
+pub enum Reply {
     /// Missing key, field, element.
     Null,
     /// A whole number.
@@ -306,7 +305,7 @@ impl Reply {
     }
 
     /// The items of a list.
-    pub(crate) fn into_list(self) -> Option<Vec<Reply>> {
+    pub fn into_list(self) -> Option<Vec<Reply>> {
         match self {
             Self::List(items) => Some(items),
             _ => None,
@@ -314,7 +313,7 @@ impl Reply {
     }
 
     /// Text as UTF-8.
-    pub(crate) fn as_str(&self) -> Option<&str> {
+    pub fn as_str(&self) -> Option<&str> {
         match self {
             Self::Text(text) => std::str::from_utf8(text).ok(),
             _ => None,
@@ -322,7 +321,7 @@ impl Reply {
     }
 
     /// The server's words, if it cannot answer any command now.
-    pub(crate) fn unavailable(&self) -> Option<&str> {
+    pub fn unavailable(&self) -> Option<&str> {
         match self {
             Self::Error(words) if UNAVAILABLE.iter().any(|prefix| words.starts_with(prefix)) => Some(words),
             _ => None,
