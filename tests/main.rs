@@ -4,6 +4,7 @@
 #![allow(unreachable_pub)]
 
 mod dashboard;
+mod examples;
 mod http;
 mod live;
 mod mqtt;
