@@ -3,6 +3,7 @@
 // There is nothing outside this binary that `pub` could mean.
 #![allow(unreachable_pub)]
 
+mod benches;
 mod dashboard;
 mod examples;
 mod http;

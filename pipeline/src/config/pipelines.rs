@@ -309,8 +309,23 @@ fn source_entry(name: At<String>, mut options: Node, cx: &mut CheckContext<'_>) 
     let position = name.position;
     let common = split(&mut options, &["type", "event_time", "errors", "on_demand"]);
     options.position = position;
-    let common = deserialize::read(&Node { position, ..common }, cx)?;
+    let common = Node { position, ..common };
+    // With an error here the plugin's own options are still looked at.
+    let common = deserialize::read(&common, cx).or_else(|| {
+        let type_name = texts(common.get("type")?).into_iter().next()?;
+        Some(SourceCommon { type_name, event_time: None, errors: None, on_demand: At::default() })
+    })?;
     Some(SourceEntry { name, position, common, options })
+}
+
+/// The scalars of a node: itself, or the items of a list.
+fn texts(node: &Node) -> Vec<At<String>> {
+    let nodes = match &node.value {
+        Value::Sequence(items) => items.as_slice(),
+        _ => std::slice::from_ref(node),
+    };
+    let text = |node: &Node| Some(At { position: node.position, verbatim: true, value: node.text()?.to_owned() });
+    nodes.iter().filter_map(text).collect()
 }
 
 fn sink_entry(name: At<String>, mut options: Node, cx: &mut CheckContext<'_>) -> Option<SinkEntry> {
@@ -334,7 +349,12 @@ fn pipeline_entry(name: At<String>, mut node: Node, cx: &mut CheckContext<'_>) -
     for field in ["from", "to", "key"] {
         place_single_name(&mut node, field);
     }
-    let config = deserialize::read(&Node { position, value: node.value }, cx)?;
+    node.position = position;
+    // With an error here the steps are still looked at.
+    let config = deserialize::read(&node, cx).unwrap_or_else(|| {
+        let names = |field| OneOrMany(node.get(field).map(texts).unwrap_or_default());
+        PipelineConfig { from: names("from"), to: names("to"), key: names("key") }
+    });
     Some(PipelineEntry { name, position, config, steps })
 }
 
