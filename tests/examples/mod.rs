@@ -31,3 +31,26 @@ fn every_example_checks_clean_and_says_how_to_run_it() {
         assert!(readme.contains(&format!("({name})")), "README.md does not name {name}");
     }
 }
+
+#[test]
+fn an_old_path_below_the_api_is_free_but_its_own_paths_are_not() {
+    for (path, is_free) in [
+        ("/api/v1/stream", true),
+        ("/api/v1/telemetry/live", true),
+        ("/api/v1/stats", false),
+        ("/api/v1/pipelines", false),
+        ("/api/v1/connections", false),
+        ("/api/v1/query", false),
+        ("/api/v1/metrics/device_messages", false),
+        ("/health", false),
+        ("/", false),
+    ] {
+        let yaml = example("mqtt-devices.yaml").replace("path: /api/v1/stream\n", &format!("path: {path}\n"));
+        let scratch = Scratch::new();
+        scratch.write("pipelines.yaml", &yaml);
+        let output = run(scratch.path(), &["check"]);
+        let said = String::from_utf8_lossy(&output.stdout);
+        let refused = said.contains(&format!("the path `{path}` belongs to the program itself"));
+        assert_eq!((output.status.success(), refused), (is_free, !is_free), "{path}: {said}");
+    }
+}

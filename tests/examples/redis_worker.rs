@@ -1,6 +1,7 @@
 //! Posted messages by way of Redis into PostgreSQL, and the worker's figures over a WebSocket.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use pipeline::time::parse_us;
 use serde_json::{Value, json};
@@ -10,7 +11,7 @@ use crate::support::databases::{POSTGRES, Server, execute, unique};
 use crate::support::program::{Program, request};
 use crate::support::redis::Redis;
 use crate::support::websocket::Client;
-use crate::support::{Scratch, wait_for};
+use crate::support::{PATIENCE, Scratch, wait_for};
 
 const YAML: &str = "redis-worker.yaml";
 
@@ -49,12 +50,14 @@ impl World {
 
     /// Waits until `total` messages are stored and counted, and nothing waits any more.
     async fn wait_stored(&self, total: i64) {
+        // As rarely as `wait_for` asks: every question is a connection of its own.
+        let mut again = tokio::time::interval(Duration::from_millis(20));
         let stored = async {
             while self.number("SELECT count(*) FROM messages").await.unwrap_or(0) < total {
-                tokio::task::yield_now().await;
+                again.tick().await;
             }
         };
-        tokio::time::timeout(crate::support::PATIENCE, stored).await.expect("every message in PostgreSQL");
+        tokio::time::timeout(PATIENCE, stored).await.expect("every message in PostgreSQL");
         wait_for("the messages to be counted", || (self.counter("total_messages") >= total).then_some(()));
         for list in ["pending_messages", "pending_messages:processing"] {
             wait_for("the lists to be empty", || (self.redis.command(&["LLEN", list]) == "0").then_some(()));
