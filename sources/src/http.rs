@@ -35,7 +35,7 @@ message is wrong. Other names are skipped. A body is one object, an array of obj
 lines). Without `fields`, the whole body (of `application/x-ndjson`: each line) is one row with the column
 `payload: string`, as it came.
 
-The answer comes once the rows are accepted, which is to say safe on disk where the graph has checkpoints:
+The answer comes once the rows have entered the graph (a crash before the next checkpoint still loses them):
 
     {\"accepted\":2,\"rejected\":1,\"errors\":[{\"line\":3,\"error\":\"field `x`: expected int, found \\\"fast\\\"\"}]}
 
