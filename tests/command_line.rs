@@ -232,7 +232,7 @@ pipelines:
 sinks:
   live: {type: websocket, path: /ws}
   events: {type: sse, path: /ws}
-  more: {type: sse, path: /api/v1/x}
+  more: {type: sse, path: /health}
   history: {type: parquet, path: history, roll: ten}
   history2: {type: parquet, path: past}
   history3: {type: parquet, path: past}
@@ -276,7 +276,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     ("55:41", "pipeline eight step 1 (filter): `now` differs from run to run", "use `ingest_time`"),
     ("56:44", "pipeline nine step 1 (join): no source or pipeline `nobody`", "one of `bad name`, `devices`, `eight`"),
     ("59:3", "sink events: the path `/ws` is taken by sink live already", ""),
-    ("60:3", "sink more: the path `/api/v1/x` belongs to the program itself", ""),
+    ("60:3", "sink more: the path `/health` belongs to the program itself", ""),
     ("61:49", "sink history: `ten` is no duration", ""),
     ("63:3", "sink history3: the folder `./past` is taken by sink history2 already", ""),
     ("64:19", "sink console: no sink type `consle`", "did you mean `console`?"),
@@ -507,7 +507,9 @@ fn the_schema_fits_every_graph_that_we_ship_and_no_wrong_one() {
     let schema = program::run(Path::new("."), &["schema"]);
     let schema: Value = serde_json::from_slice(&schema.stdout).expect("JSON");
     assert_eq!(schema["$schema"], "https://json-schema.org/draft/2020-12/schema");
-    let mut graphs: Vec<(String, Value)> = vec![("GOOD".into(), yaml(GOOD))];
+    let variables = "{sources: {a: {type: mqtt, url: '${URL}', topics: [t], qos: '${QOS}', session: '${SESSION:-clean}'}}, \
+                     checkpoint: {every: '${EVERY}s'}}";
+    let mut graphs: Vec<(String, Value)> = vec![("GOOD".into(), yaml(GOOD)), (variables.into(), yaml(variables))];
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let examples = std::fs::read_dir(root.join("examples")).into_iter().flatten();
     let examples = examples.map(|entry| entry.expect("an entry").path());

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::support::mosquitto::publish;
 use super::support::program::{self, Program, Sse, request};
-use super::support::websocket::Socket;
+use super::support::websocket::Client;
 use super::support::{Scratch, free_port, wait_for};
 
 const DEFAULT: &str = include_str!("../pipelines.yaml");
@@ -34,45 +34,56 @@ fn start_in(folder: Scratch, port: u16, broker: u16) -> Program {
     program
 }
 
-/// Reads frames until every metric has had an update with rows. Before the first update come the hello and a snapshot
-/// of each metric.
-fn check_stream(mut next: impl FnMut() -> Value) {
-    let hello = next();
-    assert_eq!(hello["type"], "hello", "{hello}");
-    let named: Vec<&str> =
-        hello["metrics"].as_array().expect("metrics").iter().flat_map(|m| m["name"].as_str()).collect();
-    assert_eq!(named, METRICS);
-    for metric in METRICS {
-        let frame = next();
-        assert_eq!((&frame["type"], &frame["metric"]), (&"snapshot".into(), &metric.into()), "{frame}");
-    }
-    let mut waiting = BTreeSet::from(METRICS);
-    let mut seq = hello["seq"].as_u64().expect("seq");
-    while !waiting.is_empty() {
-        let frame = next();
-        assert_eq!(frame["type"], "update", "{frame}");
-        assert_eq!(frame["epoch"], hello["epoch"], "{frame}");
-        assert_eq!(frame["seq"].as_u64(), Some(seq + 1), "{frame}");
-        seq += 1;
-        let rows = frame["data"].as_array().expect("rows");
-        assert!(!rows.is_empty() && rows.iter().all(Value::is_object), "{frame}");
-        waiting.remove(frame["metric"].as_str().expect("a metric"));
+/// What a client of a whole live sink sees: the hello, a snapshot of each metric, then updates without a jump.
+#[derive(Default)]
+struct Stream {
+    hello: Value,
+    snapshots: usize,
+    seq: u64,
+    updated: BTreeSet<String>,
+}
+
+impl Stream {
+    /// Checks the next frame. Returns whether every metric has had an update.
+    fn is_complete_with(&mut self, frame: &Value) -> bool {
+        if self.hello.is_null() {
+            assert_eq!(frame["type"], "hello", "{frame}");
+            let metrics = frame["metrics"].as_array().expect("metrics").iter();
+            assert_eq!(metrics.flat_map(|metric| metric["name"].as_str()).collect::<Vec<_>>(), METRICS);
+            self.hello = frame.clone();
+            self.seq = frame["seq"].as_u64().expect("seq");
+        } else if let Some(metric) = METRICS.get(self.snapshots) {
+            assert_eq!((&frame["type"], &frame["metric"]), (&"snapshot".into(), &(*metric).into()), "{frame}");
+            self.snapshots += 1;
+        } else {
+            self.seq += 1;
+            assert_eq!((&frame["type"], frame["seq"].as_u64()), (&"update".into(), Some(self.seq)), "{frame}");
+            let rows = frame["data"].as_array().expect("rows");
+            assert!(!rows.is_empty() && rows.iter().all(Value::is_object), "{frame}");
+            self.updated.insert(frame["metric"].as_str().expect("a metric").to_owned());
+        }
+        assert_eq!(frame["epoch"], self.hello["epoch"], "{frame}");
+        self.updated.len() == METRICS.len()
     }
 }
 
-#[test]
-fn every_metric_comes_over_websocket_and_server_sent_events() {
+#[tokio::test]
+async fn every_metric_comes_over_websocket_and_server_sent_events() {
     let (program, _) = start();
-    let mut socket = Socket::open(program.port, "/ws");
+    let mut socket = Client::connect(program.address(), "/ws").await;
     let mut events = Sse::open(program.port, "/events");
     assert_eq!(events.status, 200);
-    check_stream(|| socket.json());
-    check_stream(|| {
+    let mut stream = Stream::default();
+    while !stream.is_complete_with(&socket.json().await) {}
+    let mut stream = Stream::default();
+    loop {
         let (event, _, data) = events.next();
         let frame: Value = serde_json::from_str(&data).expect("JSON");
         assert_eq!(frame["type"], event.as_str());
-        frame
-    });
+        if stream.is_complete_with(&frame) {
+            break;
+        }
+    }
     let stats = program.get("/api/v1/stats");
     assert_eq!(stats["active_connections"], 2, "{stats}");
     assert_eq!(stats["subscribers"]["device_load"], 2, "{stats}");
@@ -86,12 +97,15 @@ fn every_metric_comes_over_websocket_and_server_sent_events() {
     program.stop();
 }
 
-#[test]
-fn a_reading_published_by_anybody_shows_up() {
+#[tokio::test]
+async fn a_reading_published_by_anybody_shows_up() {
     let (program, broker) = start();
-    let mut socket = Socket::open(program.port, "/ws?metric=device_load&device_id=my-device");
+    let mut socket = Client::connect(program.address(), "/ws?metric=device_load&device_id=my-device").await;
     publish(broker, "devices/my-device/telemetry", &["-q", "1"], &[r#"{"latency_ms": 12.5}"#]);
-    let frame = socket.until(|frame| frame["data"].as_array().is_some_and(|rows| !rows.is_empty()));
+    let mut frame = socket.json().await;
+    while frame["data"].as_array().is_none_or(Vec::is_empty) {
+        frame = socket.json().await;
+    }
     let row = &frame["data"][0];
     assert_eq!(
         (&row["device_id"], &row["rps"], &row["avg_delay_ms"]),

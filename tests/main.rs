@@ -3,11 +3,14 @@
 // There is nothing outside this binary that `pub` could mean.
 #![allow(unreachable_pub)]
 
+mod benches;
 mod command_line;
 mod dashboard;
 mod default_graph;
+mod examples;
 mod http;
 mod live;
 mod mqtt;
+mod redis;
 mod sql;
 mod support;

@@ -3,6 +3,7 @@
 pub mod console;
 pub mod mqtt;
 pub mod parquet;
+pub mod redis;
 pub mod sql;
 pub mod sse;
 pub mod websocket;
@@ -17,6 +18,7 @@ pub const SINKS: &[SinkPlugin] = &[
     SinkPlugin::of::<sse::SseConfig>(),
     SinkPlugin::of::<parquet::ParquetConfig>(),
     SinkPlugin::of::<sql::SqlConfig>(),
+    SinkPlugin::of::<redis::RedisConfig>(),
     SinkPlugin::of::<mqtt::MqttConfig>(),
     SinkPlugin::of::<console::ConsoleConfig>(),
 ];

@@ -5,6 +5,7 @@ pub mod generate;
 pub mod host;
 pub mod http;
 pub mod mqtt;
+pub mod redis;
 pub mod self_metrics;
 pub mod sql;
 
@@ -17,6 +18,7 @@ use pipeline::plugin::SourcePlugin;
 /// Every source, in the order of the documentation.
 pub const SOURCES: &[SourcePlugin] = &[
     SourcePlugin::of::<mqtt::MqttConfig>(),
+    SourcePlugin::of::<redis::RedisConfig>(),
     SourcePlugin::of::<sql::SqlConfig>(),
     SourcePlugin::of::<http::HttpConfig>(),
     SourcePlugin::of::<file::FileConfig>(),

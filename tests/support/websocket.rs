@@ -1,66 +1,72 @@
-//! A stock WebSocket client that blocks.
+//! A stock WebSocket client.
 
-use std::io::Write;
-use std::net::TcpStream;
-
+use futures::{SinkExt, StreamExt};
 use serde_json::Value;
-use tokio_tungstenite::tungstenite::protocol::CloseFrame;
-use tokio_tungstenite::tungstenite::{Error, Message, WebSocket, client};
+use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::{Error, Message};
+use tokio_tungstenite::{WebSocketStream, client_async};
 
 use super::PATIENCE;
 
 /// A connected client.
-pub struct Socket(WebSocket<TcpStream>);
+pub(crate) struct Client {
+    /// The connection itself, for what the methods here do not offer.
+    pub(crate) socket: WebSocketStream<TcpStream>,
+}
 
-impl Socket {
-    /// Connects to a path of the program.
-    pub fn open(port: u16, path: &str) -> Self {
-        let stream = TcpStream::connect(("127.0.0.1", port)).expect("a connection");
-        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-        let (socket, _) = client(format!("ws://127.0.0.1:{port}{path}"), stream).expect("a handshake");
-        Self(socket)
+impl Client {
+    /// Connects to `address` and does the handshake for `path`.
+    pub(crate) async fn connect(address: impl tokio::net::ToSocketAddrs + std::fmt::Display, path: &str) -> Self {
+        let url = format!("ws://{address}{path}");
+        let stream = TcpStream::connect(address).await.expect("a connection");
+        let (socket, _) = client_async(url, stream).await.expect("a handshake");
+        Self { socket }
     }
 
-    /// The next frame as JSON.
-    pub fn json(&mut self) -> Value {
+    /// The next message of any kind; `None` at the end.
+    pub(crate) async fn message(&mut self) -> Option<Result<Message, Error>> {
+        tokio::time::timeout(PATIENCE, self.socket.next()).await.expect("a message in time")
+    }
+
+    /// The next text.
+    pub(crate) async fn text(&mut self) -> String {
         loop {
-            match self.0.read().expect("a frame") {
-                Message::Text(text) => return serde_json::from_str(&text).expect("JSON"),
-                Message::Ping(_) | Message::Pong(_) => {}
+            match self.message().await {
+                Some(Ok(Message::Text(text))) => return text.to_string(),
+                Some(Ok(Message::Ping(_))) => {}
                 other => panic!("expected a text, not {other:?}"),
             }
         }
     }
 
-    /// Reads frames until `found` holds for one, and returns it.
-    pub fn until(&mut self, mut found: impl FnMut(&Value) -> bool) -> Value {
-        loop {
-            let frame = self.json();
-            if found(&frame) {
-                return frame;
+    /// The next text as JSON.
+    pub(crate) async fn json(&mut self) -> Value {
+        serde_json::from_str(&self.text().await).expect("JSON")
+    }
+
+    /// Sends a text.
+    pub(crate) async fn send(&mut self, text: &str) {
+        self.socket.send(Message::text(text)).await.expect("to send");
+    }
+
+    /// The code with which the server closes, after any texts.
+    pub(crate) async fn closed(&mut self) -> CloseCode {
+        let code = loop {
+            match self.message().await {
+                Some(Ok(Message::Close(Some(frame)))) => break frame.code,
+                Some(Ok(_)) => {}
+                other => panic!("expected a close frame, not {other:?}"),
             }
-        }
+        };
+        // The answer to the close frame leaves when the end is read.
+        while self.message().await.is_some() {}
+        code
     }
 
-    /// Sends a message; an error means that the other side has gone.
-    pub fn send(&mut self, message: Message) -> Result<(), Error> {
-        self.0.send(message)
-    }
-
-    /// Writes bytes that need not be a frame.
-    pub fn write_raw(&mut self, bytes: &[u8]) -> std::io::Result<()> {
-        self.0.get_mut().write_all(bytes)
-    }
-
-    /// Reads to the end: the close frame, if one came.
-    pub fn closed(mut self) -> Option<CloseFrame> {
-        let mut close = None;
-        loop {
-            match self.0.read() {
-                Ok(Message::Close(frame)) => close = frame,
-                Ok(_) => {}
-                Err(_) => return close,
-            }
-        }
+    /// Closes with the handshake of the standard.
+    pub(crate) async fn close(mut self) {
+        self.socket.close(None).await.expect("to close");
+        while self.message().await.is_some() {}
     }
 }

@@ -199,25 +199,6 @@ impl<'a> Calls<'a> {
                 let argument = self.argument(call, 0, None)?;
                 (self.one(Family::Count, argument.index, filter), field(DataType::Int64))
             }
-            "sum" | "avg" | "mean" if own => {
-                let argument = self.number(call, None)?;
-                let output = if call.name == "sum" { SumOutput::Sum } else { SumOutput::Mean };
-                let data_type = output.data_type(&argument.data_type);
-                (self.one(Family::Sum(argument.data_type, vec![output]), argument.index, filter), field(data_type))
-            }
-            "stddev" | "stddev_samp" | "stddev_pop" | "var" | "var_samp" | "var_sample" | "variance" | "var_pop"
-            | "var_population"
-                if own =>
-            {
-                let argument = self.number(call, Some(DataType::Float64))?;
-                let family = Family::Moments(vec![match call.name.as_str() {
-                    "stddev" | "stddev_samp" => Moment::Deviation,
-                    "stddev_pop" => Moment::DeviationPopulation,
-                    "var_pop" | "var_population" => Moment::VariancePopulation,
-                    _ => Moment::Variance,
-                }]);
-                (self.one(family, argument.index, filter), field(DataType::Float64))
-            }
             "min" | "max" => {
                 let argument = self.ordered(call)?;
                 let family = Family::Extreme { data_type: argument.data_type.clone(), greatest: call.name == "max" };
@@ -232,24 +213,11 @@ impl<'a> Calls<'a> {
                 };
                 (self.one(family, argument.index, filter), argument.field)
             }
-            "delta" if own => {
-                let argument = self.number(call, None)?;
-                let data_type = delta_type(&argument.data_type);
-                (self.one(Family::Delta(argument.data_type), argument.index, filter), field(data_type))
-            }
-            "rate" if own => {
-                let argument = self.number(call, None)?;
-                let argument = match argument.data_type {
-                    DataType::Decimal128(..) => self.number(call, Some(DataType::Float64))?,
-                    _ => argument,
-                };
-                (self.one(Family::Counter(argument.data_type), argument.index, filter), field(DataType::Float64))
-            }
-            "percentile" if own => {
-                call.expect(2, "percentile(x, 0.99)")?;
-                let q = call.quantile()?;
-                let argument = self.number(call, Some(DataType::Float64))?;
-                (self.one(Family::Percentile(vec![q]), argument.index, filter), field(DataType::Float64))
+            "sum" | "avg" | "mean" | "stddev" | "stddev_samp" | "stddev_pop" | "var" | "var_samp" | "var_sample"
+            | "variance" | "var_pop" | "var_population" | "delta" | "rate" | "percentile"
+                if own =>
+            {
+                self.of_number(call, filter)?
             }
             "distinct" => {
                 let argument = self.ordered(call)?;
@@ -260,6 +228,49 @@ impl<'a> Calls<'a> {
                 None => return Err(call.error(format!("`{}` takes no DISTINCT", call.name), None)),
             },
         })
+    }
+
+    /// As [`Self::source`], for aggregates of one number.
+    fn of_number(&mut self, call: &Written<'_>, filter: Option<usize>) -> Checked<(Source, Field)> {
+        let float = || Some(DataType::Float64);
+        let (argument, family, data_type) = match call.name.as_str() {
+            "sum" | "avg" | "mean" => {
+                let argument = self.number(call, None)?;
+                let output = if call.name == "sum" { SumOutput::Sum } else { SumOutput::Mean };
+                let data_type = output.data_type(&argument.data_type);
+                let family = Family::Sum(argument.data_type.clone(), vec![output]);
+                (argument, family, data_type)
+            }
+            "delta" => {
+                let argument = self.number(call, None)?;
+                let data_type = delta_type(&argument.data_type);
+                let family = Family::Delta(argument.data_type.clone());
+                (argument, family, data_type)
+            }
+            "rate" => {
+                let argument = self.number(call, None)?;
+                // Integers stay as they are: a counter beyond 2^53 has no exact float.
+                let argument =
+                    if argument.data_type == DataType::Int64 { argument } else { self.number(call, float())? };
+                let family = Family::Counter(argument.data_type.clone());
+                (argument, family, DataType::Float64)
+            }
+            "percentile" => {
+                call.expect(2, "percentile(x, 0.99)")?;
+                let q = call.quantile()?;
+                (self.number(call, float())?, Family::Percentile(vec![q]), DataType::Float64)
+            }
+            name => {
+                let moment = match name {
+                    "stddev" | "stddev_samp" => Moment::Deviation,
+                    "stddev_pop" => Moment::DeviationPopulation,
+                    "var_pop" | "var_population" => Moment::VariancePopulation,
+                    _ => Moment::Variance,
+                };
+                (self.number(call, float())?, Family::Moments(vec![moment]), DataType::Float64)
+            }
+        };
+        Ok((self.one(family, argument.index, filter), Field::new("", data_type, true)))
     }
 
     /// A state of one argument.

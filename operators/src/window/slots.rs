@@ -13,8 +13,9 @@ use pipeline::expression::Expression;
 use pipeline::plugin::Output;
 use pipeline::state::{StateReader, StateWriter};
 
-use super::aggregate::{Aggregate, Chunk, Family, cast_to};
+use super::aggregate::{Aggregate, Chunk, Family};
 use super::keys::{KeyColumns, Keys, NONE};
+use crate::encoding::cast_to;
 
 /// Most slots (a key in a pane, or in an open window) of one window step. At 100 to 200 bytes each
 /// this is most of a gigabyte; a key set that grows without end is stopped before the process is.
@@ -122,6 +123,8 @@ struct Slots {
     key: Vec<u32>,
     free: Vec<u32>,
     aggregates: Vec<Box<dyn Aggregate>>,
+    /// [`SLOTS_MAX`].
+    max: usize,
 }
 
 /// A result to give out.
@@ -152,7 +155,7 @@ impl Core {
     /// With no state yet.
     pub(super) fn new(plan: Plan) -> Result<Self> {
         let aggregates = plan.states.iter().map(|state| state.family.build()).collect::<Result<_>>()?;
-        let slots = Slots { seen: Vec::new(), key: Vec::new(), free: Vec::new(), aggregates };
+        let slots = Slots { seen: Vec::new(), key: Vec::new(), free: Vec::new(), aggregates, max: SLOTS_MAX };
         let keys = Keys::default();
         Ok(Self { plan, keys, slots, closing: Vec::new(), watermark_us: i64::MIN, late: 0 })
     }
@@ -447,11 +450,11 @@ impl Core {
 impl Slots {
     /// Doubles the slots.
     fn grow(&mut self) -> Result<()> {
-        let (before, after) = (self.seen.len(), (self.seen.len() * 2).clamp(64, SLOTS_MAX));
+        let (before, after) = (self.seen.len(), (self.seen.len() * 2).clamp(64, self.max));
         if before == after {
             return Err(Error::user(format!(
-                "more than {SLOTS_MAX} keys and panes are open; group by fewer keys, or use shorter windows or a \
-                 longer `every`"
+                "more than {} keys and panes are open; group by fewer keys, or use shorter windows or a longer `every`",
+                self.max
             )));
         }
         self.seen.resize(after, Seen::NOTHING);
@@ -511,4 +514,37 @@ pub(super) fn restore(
     let mut whole = StateReader::new(state.bytes()?);
     read(&mut whole)?;
     if whole.is_empty() { Ok(()) } else { Err(Error::internal("damaged state: more than one window's")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow::datatypes::Schema;
+
+    use super::*;
+
+    #[test]
+    fn slots_end_at_their_limit_with_an_error_and_are_used_again() {
+        let empty: SchemaRef = Arc::new(Schema::empty());
+        let plan = Plan {
+            keys: KeyColumns::default(),
+            arguments: Vec::new(),
+            filters: Vec::new(),
+            states: Vec::new(),
+            calls: Vec::new(),
+            columns: Vec::new(),
+            inner: empty.clone(),
+            output: empty,
+        };
+        let mut core = Core::new(plan).expect("no aggregates");
+        core.slots.max = 128;
+        let key = core.keys.find_or_add(b"key");
+        let slots: Vec<u32> = (0..128).map(|_| core.open(key).expect("below the limit")).collect();
+        let error = core.open(key).expect_err("at the limit").to_string();
+        assert!(error.starts_with("more than 128 keys and panes are open; group by fewer keys"), "{error}");
+        core.free(&slots[..1]);
+        assert_eq!(core.open(key).expect("a free slot"), slots[0]);
+        core.free(&slots);
+        core.keys.sweep();
+        assert_eq!(core.keys.find_or_add(b"other"), key, "a key that no slot holds is forgotten");
+    }
 }

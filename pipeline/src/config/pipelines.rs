@@ -324,6 +324,16 @@ fn source_entry(name: At<String>, mut options: Node, cx: &mut CheckContext<'_>) 
     Some(SourceEntry { name, position, common, options })
 }
 
+/// The scalars of a node: itself, or the items of a list.
+fn texts(node: &Node) -> Vec<At<String>> {
+    let nodes = match &node.value {
+        Value::Sequence(items) => items.as_slice(),
+        _ => std::slice::from_ref(node),
+    };
+    let text = |node: &Node| Some(At { position: node.position, verbatim: true, value: node.text()?.to_owned() });
+    nodes.iter().filter_map(text).collect()
+}
+
 fn sink_entry(name: At<String>, mut options: Node, cx: &mut CheckContext<'_>) -> Option<SinkEntry> {
     #[derive(Deserialize, JsonSchema)]
     #[serde(deny_unknown_fields)]
@@ -345,7 +355,12 @@ fn pipeline_entry(name: At<String>, mut node: Node, cx: &mut CheckContext<'_>) -
     for field in ["from", "to", "key"] {
         place_single_name(&mut node, field);
     }
-    let config = deserialize::read_rest(&Node { position, value: node.value }, cx)?;
+    node.position = position;
+    // Without a `from` the steps are still looked at.
+    let config = deserialize::read_rest(&node, cx).unwrap_or_else(|| {
+        let names = |field| OneOrMany(node.get(field).map(texts).unwrap_or_default());
+        PipelineConfig { from: names("from"), to: names("to"), key: names("key") }
+    });
     Some(PipelineEntry { name, position, config, steps })
 }
 

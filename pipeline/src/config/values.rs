@@ -317,7 +317,7 @@ impl<'de> Deserialize<'de> for FieldSpec {
                 f.write_str("a type such as `float`, or `{type: float, path: a.b}`")
             }
             fn visit_str<E: de::Error>(self, text: &str) -> Result<FieldSpec, E> {
-                let field_type = read_type(text).map_err(E::custom)?;
+                let field_type = parse_type(text).map_err(E::custom)?;
                 Ok(FieldSpec { field_type, path: None })
             }
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<FieldSpec, A::Error> {
@@ -353,16 +353,14 @@ impl JsonSchema for FieldSpec {
 
 impl<'de> Deserialize<'de> for FieldType {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        read_type(&String::deserialize(deserializer)?).map_err(de::Error::custom)
+        parse_type(&String::deserialize(deserializer)?).map_err(de::Error::custom)
     }
 }
 
-/// A type word, or what is wrong with it and which word is near.
-fn read_type(text: &str) -> Result<FieldType, String> {
-    text.parse().map_err(|wrong: String| {
-        let hint = did_you_mean(text, TYPE_WORDS).filter(|hint| wrong.starts_with("unknown") && !hint.contains(text));
-        hint.map_or(wrong.clone(), |hint| format!("{wrong}; {hint}"))
-    })
+/// A type, or what is wrong with the word and what it may have meant.
+fn parse_type(text: &str) -> Result<FieldType, String> {
+    let hinted = |wrong| did_you_mean(text, TYPE_WORDS).map_or(format!("{wrong}"), |hint| format!("{wrong}; {hint}"));
+    text.parse().map_err(|wrong: String| hinted(wrong))
 }
 
 impl JsonSchema for FieldType {

@@ -8,7 +8,7 @@
 //! A sample that comes out of order changes the increase only beside a restart, but then its neighbours must
 //! be known; so the newest samples are kept. Older ones are *folded*: their first, their last and
 //! their increase stay. That is exact as long as no row comes later than half of [`COUNTER_SAMPLES_MAX`] newer
-//! rows of its key, and even then unless it stands beside a restart.
+//! rows of its key (in a running total: than [`SETTLED_SAMPLES`]), and even then unless it stands beside a restart.
 
 use std::sync::Arc;
 
@@ -21,6 +21,9 @@ use super::{Aggregate, Chunk, argument, each_value, pair_mut};
 
 /// Most samples kept per slot, 16 bytes each; at the limit the older half is folded.
 const COUNTER_SAMPLES_MAX: usize = 4096;
+
+/// Samples that a running total keeps after it was given out, for late rows: 4 KiB per key, since totals live long.
+const SETTLED_SAMPLES: usize = 256;
 
 /// A counter's value.
 pub(super) trait CounterValue: Stored + Copy {
@@ -216,7 +219,7 @@ impl<T: CounterValue> Aggregate for Counter<T> {
     fn settle(&mut self, slots: &[u32]) {
         for slot in slots {
             let series = &mut self.series[*slot as usize];
-            series.fold(series.samples.len());
+            series.fold(series.samples.len().saturating_sub(SETTLED_SAMPLES));
         }
     }
 

@@ -3,7 +3,6 @@
 //! One DataFusion accumulator per slot. Rows reach it in arrival order.
 
 use std::cell::RefCell;
-
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, RecordBatch, UInt32Array, new_empty_array};
@@ -15,7 +14,8 @@ use datafusion::physical_expr::aggregate::AggregateFunctionExpr;
 use pipeline::error::{Error, Result};
 use pipeline::state::{StateReader, StateWriter};
 
-use super::{Aggregate, Chunk, cast_to};
+use super::{Aggregate, Chunk};
+use crate::encoding::cast_to;
 
 /// Most bytes of rows that one aggregate which keeps its rows holds over all its slots: a run-away key set is stopped before
 /// the process is.
@@ -42,12 +42,14 @@ pub(super) struct Function {
     slots: Vec<Option<Slot>>,
     buffers: bool,
     bytes: usize,
+    /// [`FUNCTION_BYTES_MAX`].
+    bytes_max: usize,
 }
 
 impl Function {
     pub(super) fn new(function: Arc<AggregateFunctionExpr>, output: DataType) -> Self {
         let buffers = buffers_rows(function.fun().name(), function.is_distinct());
-        Self { function, output, slots: Vec::new(), buffers, bytes: 0 }
+        Self { function, output, slots: Vec::new(), buffers, bytes: 0, bytes_max: FUNCTION_BYTES_MAX }
     }
 
     fn slot(&mut self, slot: u32) -> Result<&mut Slot> {
@@ -73,12 +75,12 @@ impl Function {
         if self.buffers {
             self.slot(slot)?.bytes += bytes;
             self.bytes += bytes;
-            if self.bytes > FUNCTION_BYTES_MAX {
+            if self.bytes > self.bytes_max {
                 let name = self.function.fun().name();
                 return Err(Error::user(format!(
                     "`{name}` keeps more than {} MiB of rows; use a shorter window, fewer keys, or an aggregate \
                      that keeps none (`percentile`, `distinct`, `last`)",
-                    FUNCTION_BYTES_MAX >> 20
+                    self.bytes_max >> 20
                 )));
             }
         }
@@ -210,5 +212,38 @@ impl Aggregate for Function {
             self.count_bytes(slot, bytes)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow::array::Int64Array;
+    use arrow::datatypes::Field;
+    use datafusion::physical_expr::aggregate::AggregateExprBuilder;
+    use datafusion::physical_expr::expressions::Column;
+    use pipeline::expression::session_state;
+
+    use super::*;
+
+    #[test]
+    fn kept_rows_end_at_their_limit_with_an_error_and_cleared_slots_give_theirs_back() {
+        let function = session_state().aggregate_functions().get("array_agg").expect("array_agg").clone();
+        let built = AggregateExprBuilder::new(function, vec![Arc::new(Column::new("n", 0))])
+            .schema(Arc::new(Schema::new(vec![Field::new("n", DataType::Int64, true)])))
+            .alias("n")
+            .build()
+            .expect("array_agg of ints");
+        let mut aggregate = Function::new(Arc::new(built), DataType::Int64);
+        aggregate.bytes_max = 8 * 100;
+        aggregate.grow(2);
+        let rows: ArrayRef = Arc::new(Int64Array::from_value(1, 60));
+        let add = |aggregate: &mut Function, slot| {
+            aggregate.update(&Chunk { slots: &[slot; 60], event_us: &[0; 60], arguments: std::slice::from_ref(&rows) })
+        };
+        add(&mut aggregate, 0).expect("below the limit");
+        aggregate.clear(&[0]);
+        add(&mut aggregate, 1).expect("below the limit again");
+        let error = add(&mut aggregate, 0).expect_err("beyond the limit").to_string();
+        assert!(error.starts_with("`array_agg` keeps more than"), "{error}");
     }
 }

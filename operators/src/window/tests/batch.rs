@@ -322,14 +322,37 @@ fn runtime() -> tokio::runtime::Runtime {
 
 const SECOND: i64 = 1_000_000;
 
-/// Rows of one case, with a lateness that may be shorter than their disorder.
+/// Rows of one case, with a lateness that is mostly shorter than their disorder. Neighbouring seeds go through the
+/// combinations, so that none is left to chance.
 fn case(seed: u64) -> (Vec<Row>, i64, Random) {
     let mut random = Random(seed);
-    let count = [0, 1, 5, 60, 300][random.below(5)];
-    let displaced = [0, 300_000, 3 * SECOND][random.below(3)];
-    let rows = random_rows(&mut random, count, 20 * SECOND, displaced);
-    let lateness = [displaced, displaced / 3, 0][random.below(3)];
-    (rows, lateness, random)
+    let pick = |among: &[i64], by: u64| among[(by % among.len() as u64) as usize];
+    let displaced_us = pick(&[3 * SECOND, 300_000, 2 * SECOND, 0], seed);
+    let lateness_us = pick(&[displaced_us / 3, 0, displaced_us], seed / 4);
+    let grain_us = pick(&[100_000, 1_000, 500_000, 50_000, 250_000], seed);
+    let count = pick(&[300, 120, 200, 60, 250, 1, 150, 0], seed / 2) as usize;
+    (random_rows(&mut random, count, 20 * SECOND, displaced_us, grain_us), lateness_us, random)
+}
+
+#[test]
+fn the_cases_hold_what_is_hard() {
+    let (mut late, mut at_the_end, mut just_in_time, mut ties, mut behind_total) = (0, 0, 0, 0, 0);
+    for seed in (0..24).chain(100..124).chain(400..424) {
+        let (rows, lateness_us, _) = case(seed);
+        for (row, mark) in rows.iter().zip(watermarks(&rows, lateness_us)) {
+            let end_us = row.event_us.div_euclid(SECOND) * SECOND + SECOND;
+            late += usize::from(end_us < mark);
+            at_the_end += usize::from(end_us == mark);
+            just_in_time += usize::from(row.event_us < mark && mark < end_us);
+            // Late for a total's tick and not for the total.
+            behind_total +=
+                usize::from(end_us <= mark && mark < row.event_us.div_euclid(4 * SECOND) * 4 * SECOND + 4 * SECOND);
+        }
+        let distinct: BTreeSet<_> = rows.iter().map(|row| (row.key.clone(), row.group, row.event_us)).collect();
+        ties += rows.len() - distinct.len();
+    }
+    let found = [late, at_the_end, just_in_time, ties, behind_total];
+    assert!(found.iter().all(|count| *count > 50), "late, at the end, just in time, ties, behind a total: {found:?}");
 }
 
 #[test]
@@ -408,7 +431,7 @@ fn running_totals_equal_the_batch() {
 #[test]
 fn large_windows_equal_the_batch_within_the_stated_errors() {
     let mut random = Random(7);
-    let rows = random_rows(&mut random, 20_000, 50 * SECOND, 2 * SECOND);
+    let rows = random_rows(&mut random, 20_000, 50 * SECOND, 2 * SECOND, 1_000);
     let text = "tumbling: 60s\naggregate: {p50: 'percentile(x, 0.5)', p01: 'percentile(x, 0.01)', distinct_t: distinct(event_time), low: 'percentile(x, 0)', high: 'percentile(x, 1)', min: min(x), max: max(x)}";
     let results = run(text, &rows, 2 * SECOND).results();
     let cut = run_cut(text, &rows, 2 * SECOND, &mut random).results();

@@ -90,8 +90,7 @@ fn the_example_plans_over_the_documented_columns() {
         ("latency_ms", FieldType::Float),
         ("ts", FieldType::Timestamp(None)),
     ]);
-    let planned = plan(super::WindowConfig::EXAMPLE, columns).map_err(|problems| panic!("{problems}"));
-    let shape = planned.map(|planned| planned.shape).ok().expect("planned");
+    let shape = plan(super::WindowConfig::EXAMPLE, columns).map(|planned| planned.shape).expect("the example plans");
     let names: Vec<&str> = shape.schema.fields().iter().map(|field| field.name().as_str()).collect();
     let expected =
         ["window_start", "window_end", "device_id", "rps", "avg_delay_ms", "p99_ms", "rows", "stage", "revision"];

@@ -241,16 +241,22 @@ impl Random {
     }
 }
 
-/// Rows out of order by up to `displaced_us`, around 1970, with nulls everywhere.
-pub(super) fn random_rows(random: &mut Random, count: usize, span_us: i64, displaced_us: i64) -> Vec<Row> {
+/// Rows out of order by up to `displaced_us`, around 1970, with nulls everywhere. Event times are multiples of
+/// `grain_us`: the coarser, the more are equal, or exactly at the ends of windows.
+pub(super) fn random_rows(
+    random: &mut Random,
+    count: usize,
+    span_us: i64,
+    displaced_us: i64,
+    grain_us: i64,
+) -> Vec<Row> {
     let keys = 1 + random.below(5);
     let start_us = random.between(-span_us, span_us);
     let mut counter = 0;
     (0..count)
         .map(|index| {
             let due_us = start_us + span_us * index as i64 / count as i64;
-            // Whole milliseconds, so that some event times are equal.
-            let event_us = (due_us - random.between(0, displaced_us + 1)).div_euclid(1000) * 1000;
+            let event_us = (due_us - random.between(0, displaced_us + 1)).div_euclid(grain_us) * grain_us;
             counter = if random.below(30) == 0 { random.between(0, 5) } else { counter + random.between(0, 20) };
             let key = random.below(keys);
             Row {

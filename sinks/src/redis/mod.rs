@@ -1,0 +1,449 @@
+//! The `redis` sink: keys, counters, lists, streams and published messages.
+
+use std::collections::{HashSet, VecDeque};
+
+use async_trait::async_trait;
+use pipeline::config::{At, CheckContext, Duration, SecretUrl};
+use pipeline::error::{Error, Result};
+use pipeline::plugin::sink::{BatchLimits, OutboxSink, Sink, SinkConfig, SinkContext, SinkInput, SinkShape};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::Deserialize;
+use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
+
+mod operation;
+
+use arrow::array::RecordBatch;
+use operation::{Operation, Rows};
+use wire::redis::{Command, Connection, Endpoint, PATIENCE, Reply};
+
+const PAGE: &str = "\
+Writes rows to a Redis server: sets keys, increments counters, pushes to lists, adds to streams, publishes.
+
+## Writes
+
+`write` is one of these, or a list of them:
+
+| | what happens |
+| --- | --- |
+| `{set: KEY, value: COLUMN, expire: 1m}` | `SET` for each key, the last row wins; without `value` the whole row as JSON. A null value deletes the key |
+| `{increment: KEY, by: rows}` | `INCRBY` once per key and delivery, by the number of rows (`rows`, the default), by a number such as `1`, by one per delivery (`batch`), or by the sum of a column (`INCRBYFLOAT` for floats; null counts as 0) |
+| `{push: LIST, side: left, keep: 1000}` | `LPUSH` (or `RPUSH` with `side: right`) of each row as JSON, or of `value`; `keep` trims to the newest |
+| `{add: STREAM, keep: 100000}` | `XADD` of each row, one field per column that is not null; `keep` trims to about that many |
+| `{publish: CHANNEL}` | `PUBLISH` of each row as JSON, or of `value` |
+
+Names are templates: `{column}` is the row's value (`null` if it has none), `{metric}` the name of the pipeline; `{{` and `}}`
+are braces. `value` writes text as it is, other types as in JSON. `expire` is renewed by every write.
+
+## Delivery
+
+A delivery (`batch`) is one transaction, `MULTI` to `EXEC`: all of it happens or nothing. When the answer is lost with the
+connection, the delivery is repeated, so counters may count it twice. With `exactly_once: true` the list
+`tailwater:SINK:METRIC` keeps the ids of the last 1024 deliveries, written in the same transaction, and a repeated one is
+skipped. Delete that key when you delete the state folder, because ids then start anew.
+
+## Limits
+
+At most 10000 rows per delivery. One server; no Cluster, no Sentinel. Redis itself loses the last writes in a crash unless it
+runs with `appendonly yes`.
+
+## Fails when
+
+The server is away or refuses the password: rows wait in the outbox. A command that the server refuses because a key holds
+another type (`WRONGTYPE`, `not an integer`) fails the delivery for good; the other commands of the delivery are done, and
+the rows are counted as failed.
+";
+
+/// Most rows of a delivery: one transaction holds the server up for as long as it takes.
+const ROWS_MAX: usize = 10_000;
+
+/// Ids of deliveries that are remembered per metric. A restart repeats what came after the last checkpoint: far fewer.
+const IDS_MAX: usize = 1024;
+
+/// Writes rows to a Redis server.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RedisConfig {
+    /// The server: `redis://user:password@host:6379/0`; `rediss://` for TLS. Without a port 6379, without a path database 0.
+    pub url: At<SecretUrl>,
+    /// PEM file with the certificates to trust instead of the system's, for TLS with an own authority.
+    #[serde(default)]
+    pub ca: Option<At<String>>,
+    /// What to write: one operation such as `{push: pending}`, or a list of them, done in this order.
+    pub write: Writes,
+    /// When rows become a delivery.
+    #[serde(default)]
+    pub batch: BatchConfig,
+    /// Whether to remember deliveries in the server, so that a repeated one is skipped. Default false: it costs a key, which
+    /// must be deleted together with the state folder.
+    #[serde(default)]
+    pub exactly_once: bool,
+}
+
+/// When rows become a delivery.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BatchConfig {
+    /// Most rows of one delivery. Default 100: one round trip, and a transaction too short to hold others up.
+    #[serde(default = "rows_default")]
+    pub rows: At<usize>,
+    /// Most time a row waits for others. Default 100ms: nobody notices it.
+    #[serde(default = "every_default")]
+    pub every: Duration,
+}
+
+fn rows_default() -> At<usize> {
+    At::nowhere(100)
+}
+
+fn every_default() -> Duration {
+    Duration::from_ms(100)
+}
+
+impl Default for BatchConfig {
+    fn default() -> Self {
+        Self { rows: rows_default(), every: every_default() }
+    }
+}
+
+/// One operation: exactly one of `set`, `increment`, `push`, `add`, `publish`, with its options.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Write {
+    /// The key to set, such as `rps:{device_id}`.
+    #[serde(default)]
+    pub set: Option<At<String>>,
+    /// The counter to increment.
+    #[serde(default)]
+    pub increment: Option<At<String>>,
+    /// The list to push to.
+    #[serde(default)]
+    pub push: Option<At<String>>,
+    /// The stream to add to.
+    #[serde(default)]
+    pub add: Option<At<String>>,
+    /// The channel to publish to.
+    #[serde(default)]
+    pub publish: Option<At<String>>,
+    /// Set, push, publish: the column to write. Default: the whole row as JSON.
+    #[serde(default)]
+    pub value: Option<At<String>>,
+    /// Increment: `rows` (default: the number of rows), `batch` (one per delivery), a number, or a column to sum up.
+    #[serde(default)]
+    #[schemars(schema_with = "by_schema")]
+    pub by: Option<At<String>>,
+    /// Set, increment: time after the last write at which the key goes away. Default: never.
+    #[serde(default)]
+    pub expire: Option<At<Duration>>,
+    /// Push, add: how many elements to keep, the newest. Default: all.
+    #[serde(default)]
+    pub keep: Option<At<u64>>,
+    /// Push: `left` (default, as `LPUSH`) or `right`.
+    #[serde(default)]
+    pub side: Option<At<Side>>,
+}
+
+fn by_schema(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({"type": ["string", "integer", "null"]})
+}
+
+/// The end of a list that is pushed to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Side {
+    /// `LPUSH`
+    #[default]
+    Left,
+    /// `RPUSH`
+    Right,
+}
+
+/// One operation or a list of them.
+#[derive(Clone, Debug, Default)]
+pub struct Writes(pub Vec<At<Write>>);
+
+impl<'de> Deserialize<'de> for Writes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct WritesVisitor;
+        impl<'de> Visitor<'de> for WritesVisitor {
+            type Value = Writes;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an operation such as `{push: LIST}`, or a list of them")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Writes, A::Error> {
+                let write = Write::deserialize(de::value::MapAccessDeserializer::new(map))?;
+                Ok(Writes(vec![At::nowhere(write)]))
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Writes, A::Error> {
+                let mut writes = Vec::new();
+                while let Some(write) = items.next_element()? {
+                    writes.push(write);
+                }
+                Ok(Writes(writes))
+            }
+        }
+        deserializer.deserialize_any(WritesVisitor)
+    }
+}
+
+impl JsonSchema for Writes {
+    fn inline_schema() -> bool {
+        true
+    }
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Writes".into()
+    }
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let write = generator.subschema_for::<Write>();
+        json_schema!({"anyOf": [write, {"type": "array", "items": write, "minItems": 1}]})
+    }
+}
+
+impl SinkConfig for RedisConfig {
+    const TYPE: &'static str = "redis";
+    const PAGE: &'static str = PAGE;
+    const EXAMPLE: &'static str = "\
+type: redis
+url: redis://127.0.0.1:6379
+write:
+  - {push: pending_messages}
+  - {increment: total_messages, by: rows}
+  - {increment: total_batches, by: batch}
+  - {set: \"latency:{device_id}\", value: latency_ms, expire: 1m}
+batch: {rows: 50, every: 2s}
+";
+
+    fn check(&self, inputs: &[SinkInput], cx: &mut CheckContext<'_>) -> Option<SinkShape> {
+        let errors_before = cx.errors();
+        Endpoint::check(&self.url, self.ca.as_ref(), cx);
+        if self.write.0.is_empty() {
+            let hint = Some("such as `write: {push: LIST}`".to_owned());
+            cx.error_hint(cx.position(), "`write` is empty", hint);
+        }
+        if !(1..=ROWS_MAX).contains(&self.batch.rows.value) {
+            cx.error(self.batch.rows.position, format!("`rows` is 1 to {ROWS_MAX}"));
+        }
+        for write in &self.write.0 {
+            for input in inputs {
+                if let Err(problems) = Operation::plan(write, input) {
+                    for problem in problems {
+                        cx.error_hint(problem.position, problem.message, problem.hint);
+                    }
+                }
+                let counts_rows = write.by.as_ref().filter(|by| by.value == "rows");
+                if let (Some(by), true) = (counts_rows, input.shape.schema.column_with_name("rows").is_some()) {
+                    cx.note(by.position, "`by: rows` is the number of rows of a delivery, not the column `rows`");
+                }
+            }
+        }
+        let takes_revised = self.write.0.iter().all(|write| write.set.is_some());
+        let shape = SinkShape { takes_revised, ..SinkShape::default() };
+        (cx.errors() == errors_before).then_some(shape)
+    }
+
+    fn build(&self, cx: SinkContext) -> Result<Sink> {
+        let plan = |input: &SinkInput| {
+            let operations = self.write.0.iter().map(|write| Operation::plan(write, input));
+            let operations: Result<Vec<_>, _> = operations.collect();
+            let operations = operations.map_err(|problems| {
+                Error::user(problems.first().map_or_else(String::new, |problem| problem.message.clone()))
+            })?;
+            let ids_key = format!("tailwater:{}:{}", cx.name, input.metric);
+            Ok(Input { operations, done: self.exactly_once.then(|| Done { key: ids_key, ..Done::default() }) })
+        };
+        let sink = RedisSink {
+            endpoint: Endpoint::new(&self.url, self.ca.as_ref().map(|ca| cx.folder.join(&ca.value))),
+            connection: None,
+            inputs: cx.inputs.iter().map(plan).collect::<Result<_>>()?,
+        };
+        Ok(Sink::Outbox(Box::new(sink), BatchLimits { rows: self.batch.rows.value, every: self.batch.every.0 }))
+    }
+}
+
+struct RedisSink {
+    endpoint: Endpoint,
+    connection: Option<Connection>,
+    inputs: Vec<Input>,
+}
+
+/// One pipeline that writes here.
+struct Input {
+    operations: Vec<Operation>,
+    /// With `exactly_once`.
+    done: Option<Done>,
+}
+
+/// Ids of the last deliveries, as the server has them.
+#[derive(Default)]
+struct Done {
+    key: String,
+    ids: HashSet<u64>,
+    order: VecDeque<u64>,
+}
+
+impl Done {
+    /// Reads the ids from the server.
+    async fn load(&mut self, connection: &mut Connection) -> Result<()> {
+        let last = (IDS_MAX - 1).to_string();
+        let command = Command::new("LRANGE").args([self.key.clone(), "0".to_owned(), last]);
+        let ids = match connection.call(command, PATIENCE).await? {
+            Reply::Error(words) => return Err(connection.error(format!("`{}`: {words}", self.key))),
+            reply => reply.into_list().unwrap_or_default(),
+        };
+        self.ids.clear();
+        self.order.clear();
+        // Newest first in the server, oldest first here.
+        for id in ids.iter().rev().filter_map(|id| id.as_str()?.parse().ok()) {
+            self.note(id);
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, id: u64) {
+        if self.ids.insert(id) {
+            self.order.push_back(id);
+        }
+        while self.order.len() > IDS_MAX {
+            self.order.pop_front().map(|oldest| self.ids.remove(&oldest));
+        }
+    }
+
+    /// What notes `id` in the server.
+    fn commands(&self, id: u64) -> [Command; 2] {
+        let last = (IDS_MAX - 1).to_string();
+        [
+            Command::new("LPUSH").args([self.key.clone(), id.to_string()]),
+            Command::new("LTRIM").args([self.key.clone(), "0".to_owned(), last]),
+        ]
+    }
+}
+
+#[async_trait]
+impl OutboxSink for RedisSink {
+    async fn connect(&mut self) -> Result<()> {
+        self.connection = None;
+        let mut connection = self.endpoint.connect(1).await?;
+        for done in self.inputs.iter_mut().filter_map(|input| input.done.as_mut()) {
+            done.load(&mut connection).await?;
+        }
+        self.connection = Some(connection);
+        Ok(())
+    }
+
+    async fn deliver(&mut self, input: usize, rows: &RecordBatch, id: u64) -> Result<()> {
+        let input = self.inputs.get_mut(input).ok_or_else(|| Error::internal(format!("no input {input}")))?;
+        let connection = self.connection.as_mut().ok_or_else(|| Error::outside("not connected"))?;
+        if input.done.as_ref().is_some_and(|done| done.ids.contains(&id)) {
+            return Ok(());
+        }
+        let mut commands = vec![Command::new("MULTI")];
+        let mut rows = Rows::new(rows);
+        for operation in &input.operations {
+            operation.commands(&mut rows, &mut commands)?;
+        }
+        if commands.len() == 1 {
+            return Ok(());
+        }
+        commands.extend(input.done.iter().flat_map(|done| done.commands(id)));
+        commands.push(Command::new("EXEC"));
+        let replies = connection.pipeline(&commands, PATIENCE).await?;
+        confirm(connection, &commands, replies)?;
+        if let Some(done) = &mut input.done {
+            done.note(id);
+        }
+        Ok(())
+    }
+}
+
+/// Whether the transaction of `commands` was done, by their replies.
+fn confirm(connection: &Connection, commands: &[Command], mut replies: Vec<Reply>) -> Result<()> {
+    let results = match replies.pop() {
+        Some(Reply::List(results)) => results,
+        last => {
+            // Nothing was done. The reason is the reply of the command that could not be queued.
+            let refused = replies.iter().chain(&last).find(|reply| matches!(reply, Reply::Error(_)));
+            return Err(connection.error(match refused {
+                Some(reply @ Reply::Error(words)) => reply.unavailable().unwrap_or(words),
+                _ => "no reply to EXEC",
+            }));
+        }
+    };
+    for (command, result) in commands[1..].iter().zip(&results) {
+        if let Reply::Error(words) = result {
+            // The others are done: once more would do them twice.
+            return Err(connection.error(format!("`{command}`: {words}")).fatal());
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use pipeline::config::{Position, Problems, deserialize, tree};
+    use pipeline::plugin::operator::StreamShape;
+    use pipeline::schema::{FieldType, schema_of};
+
+    use super::*;
+
+    fn checked(yaml: &str) -> Result<SinkShape, String> {
+        let mut problems = Problems::default();
+        let node = tree::parse(yaml).expect("YAML");
+        let schema = schema_of([
+            ("device_id", FieldType::String),
+            ("latency_ms", FieldType::Float),
+            ("ts", FieldType::Timestamp(None)),
+        ]);
+        let shape = StreamShape { schema, keys: Vec::new(), windowed: false };
+        let inputs = [SinkInput { metric: "load".to_owned(), shape }];
+        let mut cx = CheckContext::new(&mut problems, "", Position { line: 1, column: 1 }, Path::new("."));
+        let shape = deserialize::read::<RedisConfig>(&node, &mut cx).and_then(|config| config.check(&inputs, &mut cx));
+        shape.ok_or_else(|| problems.render("f"))
+    }
+
+    #[test]
+    fn one_operation_or_several_check_clean() {
+        let example = RedisConfig::EXAMPLE.strip_prefix("type: redis\n").expect("a type");
+        for yaml in [
+            example,
+            "url: redis://h\nwrite: {push: q}",
+            "url: redis://h\nwrite: [{add: \"s:{metric}\", keep: 10}, {publish: c, value: ts}]",
+            "url: redis://h\nwrite: {increment: total, by: 1}\nexactly_once: true",
+            "url: redis://h\nwrite: {increment: \"{{x}}\", by: latency_ms, expire: 1d}",
+        ] {
+            assert!(checked(yaml).is_ok(), "{yaml}: {:?}", checked(yaml));
+        }
+        assert!(checked("url: redis://h\nwrite: {set: a}").is_ok_and(|shape| shape.takes_revised));
+        assert!(checked("url: redis://h\nwrite: {push: a}").is_ok_and(|shape| !shape.takes_revised));
+    }
+
+    #[test]
+    fn wrong_blocks_are_reported_at_their_place() {
+        for (yaml, place, message) in [
+            ("url: redis://h\nwrite: []", "1:1", "`write` is empty"),
+            ("url: redis://h\nwrite: {value: ts}", "1:1", "one of `set`, `increment`, `push`, `add`, `publish`"),
+            ("url: redis://h\nwrite: [{push: a, add: b}]", "2:9", "one operation each"),
+            ("url: redis://h\nwrite: {pusch: a}", "2:9", "unknown key `pusch`"),
+            ("url: redis://h\nwrite: {set: \"a:{devic_id}\"}", "2:18", "did you mean `device_id`?"),
+            ("url: redis://h\nwrite: {set: \"a:{device_id\"}", "2:17", "is not closed"),
+            ("url: redis://h\nwrite: {set: \"a}\"}", "2:16", "without `{`"),
+            ("url: redis://h\nwrite: {set: a, value: latency}", "2:24", "no column `latency`"),
+            ("url: redis://h\nwrite: {increment: a, by: device_id}", "2:27", "is string, no number"),
+            ("url: redis://h\nwrite: {increment: a, by: row}", "2:27", "did you mean `rows`?"),
+            ("url: redis://h\nwrite: {increment: a, value: ts}", "2:30", "`value` does not go with `increment`"),
+            ("url: redis://h\nwrite: {push: a, expire: 1s}", "2:26", "`expire` does not go with `push`"),
+            ("url: redis://h\nwrite: {push: a, keep: 0}", "2:24", "`keep` is at least 1"),
+            ("url: redis://h\nwrite: {push: a}\nbatch: {rows: 0}", "3:15", "`rows` is 1 to 10000"),
+        ] {
+            let problems = checked(yaml).expect_err(yaml);
+            assert!(problems.contains(&format!("f:{place}: ")) && problems.contains(message), "{yaml}\n{problems}");
+        }
+    }
+
+    #[test]
+    fn the_oldest_delivery_is_forgotten_first() {
+        let mut done = Done::default();
+        (0..=IDS_MAX as u64).for_each(|id| done.note(id));
+        assert!(!done.ids.contains(&0) && done.ids.contains(&1) && done.ids.len() == IDS_MAX);
+    }
+}

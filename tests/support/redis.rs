@@ -1,0 +1,73 @@
+//! A Redis server of a test's own: a free port of loopback, a folder of its own.
+
+use std::process::Command;
+
+use super::{Process, Scratch, free_port, wait_for};
+
+/// A running server, stopped when this is dropped.
+pub(crate) struct Redis {
+    folder: Scratch,
+    /// Where it listens, the same after a restart.
+    pub(crate) port: u16,
+    options: Vec<String>,
+    process: Option<Process>,
+}
+
+impl Redis {
+    /// A server that keeps every write (`appendonly yes`), so that a killed one comes back with its data.
+    pub(crate) fn start() -> Self {
+        Self::with_options(&["--appendonly", "yes", "--appendfsync", "always"])
+    }
+
+    /// A server with options such as `--requirepass secret`.
+    pub(crate) fn with_options(options: &[&str]) -> Self {
+        let mut server = Self {
+            folder: Scratch::new(),
+            port: free_port(),
+            options: options.iter().map(|option| (*option).to_owned()).collect(),
+            process: None,
+        };
+        server.restart();
+        server
+    }
+
+    /// Starts it again with the data in its folder.
+    pub(crate) fn restart(&mut self) {
+        let mut command = Command::new("redis-server");
+        command.args(["--port", &self.port.to_string(), "--bind", "127.0.0.1", "--save", ""]);
+        command.arg("--dir").arg(self.folder.path()).args(&self.options);
+        self.process = Some(Process::start(&mut command));
+        wait_for("the Redis server", || {
+            let reply = self.try_command(&["PING"]);
+            (reply.contains("PONG") || reply.contains("NOAUTH")).then_some(())
+        });
+    }
+
+    /// Kills it as a crash would.
+    pub(crate) fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.signal("KILL");
+            process.wait();
+        }
+    }
+
+    /// Its URL.
+    pub(crate) fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}", self.port)
+    }
+
+    /// Runs a command and returns the reply, one line per item.
+    pub(crate) fn command(&self, words: &[&str]) -> String {
+        let reply = self.try_command(words);
+        let is_error = ["ERR ", "WRONGTYPE", "NOAUTH", "Could not connect"].iter().any(|e| reply.contains(e));
+        assert!(!is_error, "{words:?}: {reply}");
+        reply
+    }
+
+    fn try_command(&self, words: &[&str]) -> String {
+        let port = self.port.to_string();
+        let output = Command::new("redis-cli").args(["-p", &port]).args(words).output().expect("redis-cli");
+        let text = if output.status.success() { output.stdout } else { output.stderr };
+        String::from_utf8_lossy(&text).trim_end().to_owned()
+    }
+}
