@@ -12,5 +12,6 @@ mod http;
 mod live;
 mod mqtt;
 mod redis;
+mod restart;
 mod sql;
 mod support;
