@@ -54,22 +54,6 @@ fn readings() -> Vec<String> {
         .collect()
 }
 
-/// Sends lines, and waits until all of them are accepted.
-fn post(program: &Program, path: &str, lines: &[String]) {
-    let (status, body) = wait_for("the source to be connected", || {
-        request(program.port, "POST", path, &lines.concat()).filter(|(status, _)| *status != 503)
-    });
-    assert_eq!(status, 200, "{body}");
-    let body: Value = serde_json::from_str(&body).expect("JSON");
-    assert_eq!(body["accepted"], lines.len(), "{body}");
-}
-
-fn pipeline(program: &Program, name: &str) -> Value {
-    let graph = program.get("/api/v1/pipelines");
-    let pipelines = graph["pipelines"].as_array().expect("pipelines").clone();
-    pipelines.into_iter().find(|p| p["name"] == name).unwrap_or_else(|| panic!("no pipeline {name}"))["status"].clone()
-}
-
 /// The rows of a table in the published files, in one order.
 fn rows(folder: &Path, table: &str, columns: &str) -> Vec<String> {
     let sql = format!("SELECT {columns} FROM versions.{table}");
@@ -108,11 +92,11 @@ fn history(parts: &[&[String]]) -> Vec<Vec<String>> {
         if index == 0 {
             let places =
                 [("a", "hall"), ("b", "attic")].map(|(d, r)| format!("{{\"device\":\"{d}\",\"room\":\"{r}\"}}\n"));
-            post(&program, "/places", &places);
+            program.post("/places", &places);
             // Between two sources there is no order: the join must have both before the readings come.
-            wait_for("the places", || (pipeline(&program, "joined")["rows_in"] == 2).then_some(()));
+            wait_for("the places", || (program.pipeline("joined")["rows_in"] == 2).then_some(()));
         }
-        post(&program, "/readings", part);
+        program.post("/readings", part);
         folder = program.stop();
     }
     drain(folder.path());
@@ -150,14 +134,14 @@ sinks:
 #[test]
 fn a_changed_step_starts_anew_with_a_warning_and_the_others_go_on() {
     let program = Program::start(ONE);
-    post(&program, "/readings", &[reading("a", 1, 1)]);
+    program.post("/readings", &[reading("a", 1, 1)]);
     let folder = program.stop();
     let changed = ONE.replacen("sum(value)", "max(value)", 1);
     let program = Program::start_in(folder, free_port(), &changed);
     let printed = program.process.printed();
     assert!(printed.contains("WARN pipeline/changed has changed since checkpoint"), "{printed}");
     assert!(!printed.contains("pipeline/kept"), "{printed}");
-    post(&program, "/readings", &[reading("a", 2, 2)]);
+    program.post("/readings", &[reading("a", 2, 2)]);
     let folder = program.stop();
     drain(folder.path());
     assert_eq!(rows(folder.path(), "changed", "total, rows"), ["2,1"]);
@@ -167,7 +151,7 @@ fn a_changed_step_starts_anew_with_a_warning_and_the_others_go_on() {
 #[test]
 fn a_pipeline_that_has_gone_is_told_and_its_waiting_rows_are_published() {
     let program = Program::start(ONE);
-    post(&program, "/readings", &[reading("a", 1, 1), reading("a", 1, 11)]);
+    program.post("/readings", &[reading("a", 1, 1), reading("a", 1, 11)]);
     let folder = program.stop();
     let without: String =
         ONE.lines().filter(|line| !line.contains("changed:")).map(|line| format!("{line}\n")).collect();
@@ -181,7 +165,7 @@ fn a_pipeline_that_has_gone_is_told_and_its_waiting_rows_are_published() {
 #[test]
 fn drain_closes_open_windows_as_final_and_a_later_run_takes_new_rows() {
     let program = Program::start(ONE);
-    post(&program, "/readings", &[reading("a", 1, 1), reading("a", 2, 11)]);
+    program.post("/readings", &[reading("a", 1, 1), reading("a", 2, 11)]);
     let folder = program.stop();
     assert_eq!(rows(folder.path(), "kept", "total, stage"), ["1,final"]);
     drain(folder.path());
@@ -190,7 +174,7 @@ fn drain_closes_open_windows_as_final_and_a_later_run_takes_new_rows() {
     drain(folder.path());
     assert_eq!(rows(folder.path(), "kept", "total, stage"), ["1,final", "2,final"]);
     let program = Program::start_in(folder, free_port(), ONE);
-    post(&program, "/readings", &[reading("a", 3, 21), reading("a", 4, 31)]);
+    program.post("/readings", &[reading("a", 3, 21), reading("a", 4, 31)]);
     let folder = program.stop();
     drain(folder.path());
     assert_eq!(rows(folder.path(), "kept", "total, stage"), ["1,final", "2,final", "3,final", "4,final"]);
@@ -203,9 +187,9 @@ fn no_row_is_counted_twice_around_a_drain() {
     let mut late = 0;
     for part in [&all[..100], &all[100..]] {
         let program = Program::start_in(folder, free_port(), &graph());
-        post(&program, "/readings", part);
-        wait_for("the rows to be taken", || (pipeline(&program, "tumbling")["rows_in"] == part.len()).then_some(()));
-        late += pipeline(&program, "tumbling")["late_rows"].as_u64().expect("a count");
+        program.post("/readings", part);
+        wait_for("the rows to be taken", || (program.pipeline("tumbling")["rows_in"] == part.len()).then_some(()));
+        late += program.pipeline("tumbling")["late_rows"].as_u64().expect("a count");
         folder = program.stop();
         drain(folder.path());
     }
@@ -233,7 +217,7 @@ fn a_second_process_on_the_same_state_is_refused() {
         assert!(errors.contains("another process runs on the state folder `./state`"), "{errors}");
         assert!(errors.contains("`checkpoint: {dir: …}`"), "{errors}");
     }
-    post(&program, "/readings", &[reading("a", 1, 1)]);
+    program.post("/readings", &[reading("a", 1, 1)]);
     program.stop();
 }
 
@@ -334,7 +318,7 @@ fn a_file_that_was_half_read_is_read_on() {
 
 #[test]
 fn rows_later_than_allowed_are_counted_and_change_nothing() {
-    let count = |program: &Program| pipeline(program, "tumbling")["late_rows"].clone();
+    let count = |program: &Program| program.pipeline("tumbling")["late_rows"].clone();
     let lines = [
         reading("a", 1, 1),
         reading("a", 2, 9),
@@ -352,10 +336,10 @@ fn rows_later_than_allowed_are_counted_and_change_nothing() {
         let mut late = 0;
         for part in [&lines[..cut], &lines[cut..]] {
             let program = Program::start_in(folder, free_port(), &graph());
-            post(&program, "/readings", part);
+            program.post("/readings", part);
             let before: u64 = lines[..lines.len() - part.len()].len() as u64;
             wait_for("the rows to be judged", || {
-                let taken = pipeline(&program, "tumbling")["rows_in"].as_u64()?;
+                let taken = program.pipeline("tumbling")["rows_in"].as_u64()?;
                 (taken == part.len() as u64).then_some(before)
             });
             late = count(&program).as_u64().expect("a count").max(late);
