@@ -14,11 +14,12 @@ use tracing::warn;
 
 use super::coordinator::{Control, Report};
 use super::edge::{Barrier, Message, Outlet};
+use super::queue::Receiver;
 use super::reader_task::Arrival;
 use crate::batch::{BATCH_ROWS_MAX, Batch, Stage, Times};
 use crate::error::{Error, Result};
 use crate::graph::{EventTime, errors_schema};
-use crate::plugin::{Acknowledger, Decoder, Record, RowError};
+use crate::plugin::{Acknowledger, Decoder, Delivery, Record, RowError};
 use crate::state::{StateReader, StateWriter};
 use crate::status::{NodeState, NodeStatus};
 use crate::time::now_us;
@@ -32,7 +33,7 @@ const ERROR_LOG_EVERY: Duration = Duration::from_secs(10);
 pub(crate) struct IntakeTask {
     pub(crate) name: String,
     pub(crate) key: String,
-    pub(crate) arrivals: mpsc::Receiver<Arrival>,
+    pub(crate) arrivals: Receiver<Arrival>,
     pub(crate) control: mpsc::Receiver<Control>,
     pub(crate) reports: mpsc::Sender<Report>,
     pub(crate) decoder: Option<Box<dyn Decoder>>,
@@ -45,6 +46,7 @@ pub(crate) struct IntakeTask {
     pub(crate) error_batches: u64,
     pub(crate) batches: u64,
     pub(crate) error_log: Option<Instant>,
+    pub(crate) delivery: Delivery,
 }
 
 /// What goes on with the source.
@@ -89,10 +91,13 @@ impl IntakeTask {
 
     /// The last barrier: takes in what has arrived, then stops.
     async fn stop(&mut self, barrier: Barrier) {
-        // Closing first makes the connection's task stop; what it had handed over is still received.
+        // Closing first makes the connection's task stop; what it had handed over is still received, unless the
+        // next start reads it again from the position: a stop need not wait for that.
         self.arrivals.close();
         while let Some(arrival) = self.arrivals.recv().await {
-            self.arrival(arrival).await;
+            if self.delivery != Delivery::Replayable {
+                self.arrival(arrival).await;
+            }
         }
         self.barrier(barrier).await;
         self.rows.send(Message::End).await;

@@ -16,6 +16,7 @@ mod edge;
 mod intake_task;
 mod outbox;
 mod pipeline_task;
+mod queue;
 mod reader_task;
 mod sink_task;
 mod store;
@@ -46,6 +47,7 @@ use edge::{Inputs, Message, Outlet, Takes};
 use intake_task::{IntakeTask, SourceClock};
 use outbox::{DeliveryTask, Outbox};
 use pipeline_task::{PipelineTask, Port};
+use queue::{Receiver, queue};
 use reader_task::{ARRIVALS_MAX, ReaderTask};
 use sink_task::{Running, SinkTask};
 use store::{Checkpoint, Store};
@@ -320,7 +322,7 @@ impl Starter {
         nodes.fingerprints.insert(key.clone(), source.fingerprint);
         let (control, control_receiver) = mpsc::channel(4);
         nodes.controls.push(control);
-        let (arrival_sender, arrivals) = mpsc::channel(ARRIVALS_MAX);
+        let (arrival_sender, arrivals) = queue(ARRIVALS_MAX);
         let built = source.config.build(SourceContext {
             name: source.name.clone(),
             folder: self.graph.folder.clone(),
@@ -344,6 +346,7 @@ impl Starter {
             error_batches: 0,
             batches: 0,
             error_log: None,
+            delivery: source.shape.delivery,
         };
         let position = match self.restored(&intake.key, source.fingerprint) {
             Some(state) => intake.restore(state).map_err(|e| e.context(format!("source {}", source.name)))?,
@@ -422,7 +425,7 @@ struct Outlets {
 }
 
 impl Outlets {
-    fn add(&mut self, producer: Producer, takes: Takes) -> mpsc::Receiver<Message> {
+    fn add(&mut self, producer: Producer, takes: Takes) -> Receiver<Message> {
         self.of.entry(producer).or_default().add(takes)
     }
 
