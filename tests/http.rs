@@ -210,3 +210,17 @@ async fn without_fields_the_body_is_one_row() {
         assert_eq!(answer.await.expect("an answer").0, 200);
     }
 }
+
+#[test]
+fn what_is_required_must_be_a_field() {
+    for (required, expected) in [("[x]", ""), ("[device_id, y]", "`y` is none of the `fields`"), ("[device]", "device")]
+    {
+        let node = tree::parse(&format!("{FIELDS}\nrequired: {required}")).expect("YAML");
+        let mut problems = Problems::default();
+        let mut cx = CheckContext::new(&mut problems, "source ingest", node.position, Path::new("."));
+        let config: HttpConfig = deserialize::read(&node, &mut cx).expect("a configuration");
+        let _ = config.check(&mut cx);
+        assert_eq!(problems.has_errors(), !expected.is_empty(), "{required}");
+        assert!(problems.render("p.yaml").contains(expected), "{required}: {}", problems.render("p.yaml"));
+    }
+}

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use arrow::array::{Float64Array, RecordBatch, StringArray};
-use futures::{SinkExt, StreamExt};
+use futures::SinkExt;
 use pipeline::batch::{Batch, Stage, Times};
 use pipeline::config::{CheckContext, Position, Problems, tree};
 use pipeline::http::Routes;
@@ -15,13 +15,12 @@ use pipeline::plugin::{LiveSink, Sink, SinkContext, SinkInput, StreamShape};
 use pipeline::schema::{FieldType, schema_of};
 use pipeline::status::Status;
 use serde_json::{Value, json};
-use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
-use tokio_tungstenite::tungstenite::{Error as WsError, Message};
-use tokio_tungstenite::{WebSocketStream, client_async};
 
 use super::support::PATIENCE;
 use super::support::http::{Raw, serve};
+use super::support::websocket::Client;
 
 /// Two metrics that go to the sink: `load` by device, `total` without keys.
 fn inputs() -> Vec<SinkInput> {
@@ -100,10 +99,7 @@ impl World {
     }
 
     async fn connect(&self, path: &str) -> Client {
-        let stream = TcpStream::connect(self.address).await.expect("a connection");
-        let url = format!("ws://{}{path}", self.address);
-        let (socket, _) = client_async(url, stream).await.expect("a handshake");
-        Client { socket }
+        Client::connect(self.address, path).await
     }
 
     /// A client that has read its beginning: hello and a snapshot for each of `snapshots` metrics.
@@ -127,50 +123,6 @@ impl World {
             }
         };
         assert!(tokio::time::timeout(PATIENCE, waiting).await.is_ok(), "waited in vain for {what}");
-    }
-}
-
-/// A stock WebSocket client.
-struct Client {
-    socket: WebSocketStream<TcpStream>,
-}
-
-impl Client {
-    async fn message(&mut self) -> Option<Result<Message, WsError>> {
-        tokio::time::timeout(PATIENCE, self.socket.next()).await.expect("a message in time")
-    }
-
-    /// The next text.
-    async fn text(&mut self) -> String {
-        loop {
-            match self.message().await {
-                Some(Ok(Message::Text(text))) => return text.to_string(),
-                Some(Ok(Message::Ping(_))) => {}
-                other => panic!("expected a text, not {other:?}"),
-            }
-        }
-    }
-
-    async fn json(&mut self) -> Value {
-        serde_json::from_str(&self.text().await).expect("JSON")
-    }
-
-    async fn send(&mut self, text: &str) {
-        self.socket.send(Message::text(text)).await.expect("to send");
-    }
-
-    /// The code with which the server closes, after any texts.
-    async fn closed(&mut self) -> CloseCode {
-        let code = loop {
-            match self.message().await {
-                Some(Ok(Message::Close(Some(frame)))) => break frame.code,
-                Some(Ok(_)) => {}
-                other => panic!("expected a close frame, not {other:?}"),
-            }
-        };
-        // The answer to the close frame leaves when the end is read.
-        while self.message().await.is_some() {}
-        code
     }
 }
 
@@ -230,9 +182,7 @@ async fn a_batch_is_in_the_snapshot_or_in_an_update_but_never_in_both_or_neither
 }
 
 async fn watch_count_up(address: SocketAddr) {
-    let stream = TcpStream::connect(address).await.expect("a connection");
-    let url = format!("ws://{address}/ws?metric=load");
-    let mut client = Client { socket: client_async(url, stream).await.expect("a handshake").0 };
+    let mut client = Client::connect(address, "/ws?metric=load").await;
     assert_eq!(client.json().await["type"], "hello");
     let snapshot = client.json().await;
     let mut value = snapshot["data"][0]["value"].as_f64().unwrap_or(0.0);

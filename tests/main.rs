@@ -5,6 +5,7 @@
 
 mod benches;
 mod dashboard;
+mod examples;
 mod http;
 mod live;
 mod mqtt;

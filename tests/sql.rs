@@ -15,9 +15,8 @@ use pipeline::plugin::{
 };
 use pipeline::rows::RowsBuilder;
 use pipeline::status::Status;
-use sqlx::{AssertSqlSafe, Connection, Executor};
 
-use crate::support::databases::{self, MARIADB, POSTGRES, Server, unique};
+use crate::support::databases::{self, MARIADB, POSTGRES, Server, execute, unique};
 use crate::support::{PATIENCE, Scratch};
 
 /// One empty database of one of the three kinds.
@@ -74,18 +73,6 @@ impl Database {
     async fn read(&self, options: &str, position: Option<&[u8]>) -> Box<dyn PullReader> {
         connect(&mut self.source(options), position).await.expect("connected")
     }
-}
-
-async fn execute(url: &str, sql: &str) {
-    let sql = sqlx::raw_sql(AssertSqlSafe(sql.to_owned()));
-    if url.starts_with("postgres") {
-        sqlx::PgConnection::connect(url).await.expect(url).execute(sql).await.map(drop)
-    } else if url.starts_with("mysql") {
-        sqlx::MySqlConnection::connect(url).await.expect(url).execute(sql).await.map(drop)
-    } else {
-        sqlx::SqliteConnection::connect(url).await.expect(url).execute(sql).await.map(drop)
-    }
-    .expect("statement");
 }
 
 /// The problems of a source's YAML, or its configuration and schema.

@@ -1,19 +1,13 @@
-//! Keys of rows as bytes: what `group by`-like steps compare and hash.
-//!
-//! One key is the encodings of its columns, one after the other. A column's value is a tag byte and its value,
-//! little-endian: `0` null; `1` bool, one byte; `2` int, 8 bytes; `3` float, the 8 bytes of its bits, with one zero
-//! and one NaN; `4` text, `5` bytes, each a length of 8 bytes and the bytes; `6` timestamp, 8 bytes of microseconds;
-//! `7` date, 4 bytes of days; `8` decimal, 16 bytes of the unscaled value. The same on every machine, so it may stand
-//! in a checkpoint and may be hashed to spread keys.
+//! Keys of rows as bytes, in the encoding of [`crate::encoding`]: what `join` and `deduplicate` compare and hash.
 
-use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
-use arrow::datatypes::{
-    DataType, Date32Type, Decimal128Type, Float64Type, Int64Type, SchemaRef, TimeUnit, TimestampMicrosecondType,
-};
+use arrow::array::RecordBatch;
+use arrow::datatypes::{DataType, SchemaRef, TimeUnit};
 use pipeline::config::{At, CheckContext};
-use pipeline::error::{Error, Result};
+use pipeline::error::Result;
 use pipeline::schema::type_word;
 use xxhash_rust::xxh3::xxh3_128;
+
+use crate::encoding::KeyColumn;
 
 /// Whether values of this type can be a key.
 pub(crate) fn can_be_key(data_type: &DataType) -> bool {
@@ -57,31 +51,16 @@ pub(crate) fn key_columns(
 }
 
 /// Encodes the keys of one batch.
-pub(crate) struct Keys<'a> {
-    columns: Vec<Column<'a>>,
+pub(crate) struct Keys {
+    columns: Vec<KeyColumn>,
     buffer: Vec<u8>,
     nulls: usize,
 }
 
-/// A key column with its type resolved once.
-enum Column<'a> {
-    Bool(&'a arrow::array::BooleanArray),
-    Fixed { tag: u8, values: Fixed<'a>, array: &'a ArrayRef },
-    Text(&'a arrow::array::StringArray),
-    Bytes(&'a arrow::array::BinaryArray),
-}
-
-enum Fixed<'a> {
-    I64(&'a [i64]),
-    F64(&'a [f64]),
-    I32(&'a [i32]),
-    I128(&'a [i128]),
-}
-
-impl<'a> Keys<'a> {
+impl Keys {
     /// Over the columns `columns` of `rows`, each of a type that [`can_be_key`].
-    pub(crate) fn new(rows: &'a RecordBatch, columns: &[usize]) -> Result<Self> {
-        let columns = columns.iter().map(|&index| Column::new(rows.column(index))).collect::<Result<Vec<_>>>()?;
+    pub(crate) fn new(rows: &RecordBatch, columns: &[usize]) -> Result<Self> {
+        let columns = columns.iter().map(|&index| KeyColumn::new(rows.column(index))).collect::<Result<Vec<_>>>()?;
         Ok(Self { columns, buffer: Vec::new(), nulls: 0 })
     }
 
@@ -90,7 +69,7 @@ impl<'a> Keys<'a> {
         self.buffer.clear();
         self.nulls = 0;
         for column in &self.columns {
-            self.nulls += usize::from(!column.write(row, &mut self.buffer));
+            self.nulls += usize::from(!column.encode(row, &mut self.buffer));
         }
         &self.buffer
     }
@@ -111,68 +90,6 @@ impl<'a> Keys<'a> {
     pub(crate) fn hash(&mut self, row: usize) -> u128 {
         xxh3_128(self.encode(row))
     }
-}
-
-impl<'a> Column<'a> {
-    fn new(array: &'a ArrayRef) -> Result<Self> {
-        let fixed = |tag, values| Self::Fixed { tag, values, array };
-        Ok(match array.data_type() {
-            DataType::Boolean => Self::Bool(array.as_boolean()),
-            DataType::Int64 => fixed(2, Fixed::I64(array.as_primitive::<Int64Type>().values())),
-            DataType::Float64 => fixed(3, Fixed::F64(array.as_primitive::<Float64Type>().values())),
-            DataType::Utf8 => Self::Text(array.as_string()),
-            DataType::Binary => Self::Bytes(array.as_binary()),
-            DataType::Timestamp(TimeUnit::Microsecond, _) => {
-                fixed(6, Fixed::I64(array.as_primitive::<TimestampMicrosecondType>().values()))
-            }
-            DataType::Date32 => fixed(7, Fixed::I32(array.as_primitive::<Date32Type>().values())),
-            DataType::Decimal128(_, _) => fixed(8, Fixed::I128(array.as_primitive::<Decimal128Type>().values())),
-            other => return Err(Error::internal(format!("a key of type {other}"))),
-        })
-    }
-
-    /// Appends one value; false if it is null.
-    fn write(&self, row: usize, out: &mut Vec<u8>) -> bool {
-        let is_null = match self {
-            Self::Bool(array) => array.is_null(row),
-            Self::Fixed { array, .. } => array.is_null(row),
-            Self::Text(array) => array.is_null(row),
-            Self::Bytes(array) => array.is_null(row),
-        };
-        if is_null {
-            out.push(0);
-            return false;
-        }
-        let mut long = |tag: u8, bytes: &[u8]| {
-            out.push(tag);
-            out.extend_from_slice(&(bytes.len() as u64).to_le_bytes());
-            out.extend_from_slice(bytes);
-        };
-        match self {
-            Self::Bool(array) => out.extend_from_slice(&[1, u8::from(array.value(row))]),
-            Self::Text(array) => long(4, array.value(row).as_bytes()),
-            Self::Bytes(array) => long(5, array.value(row)),
-            Self::Fixed { tag, values, .. } => {
-                out.push(*tag);
-                match values {
-                    Fixed::I64(values) => out.extend_from_slice(&values[row].to_le_bytes()),
-                    Fixed::F64(values) => out.extend_from_slice(&one_zero_one_nan(values[row]).to_le_bytes()),
-                    Fixed::I32(values) => out.extend_from_slice(&values[row].to_le_bytes()),
-                    Fixed::I128(values) => out.extend_from_slice(&values[row].to_le_bytes()),
-                }
-            }
-        }
-        true
-    }
-}
-
-/// The bits of a float, equal where a user would call the values equal.
-fn one_zero_one_nan(value: f64) -> u64 {
-    if value.is_nan() {
-        return f64::NAN.to_bits();
-    }
-    // -0.0 + 0.0 is 0.0.
-    (value + 0.0).to_bits()
 }
 
 #[cfg(test)]

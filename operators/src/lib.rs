@@ -6,6 +6,7 @@ pub mod join;
 pub mod select;
 pub mod window;
 
+mod encoding;
 mod keys;
 #[cfg(test)]
 mod testing;

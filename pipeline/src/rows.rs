@@ -144,7 +144,7 @@ impl RowsBuilder {
     }
 
     /// A row of nulls in memory of its own: for one who shares the builder and only asks [`Self::set_json`]
-    /// whether messages are right. It may be set again and again.
+    /// whether messages are right. It may be set again and again, but keeps what no later message sets.
     pub fn row_apart<'a>(&self) -> Row<'a> {
         Row { cells: vec![Ready::Null; self.columns.len()] }
     }
@@ -161,6 +161,14 @@ impl RowsBuilder {
         let mut json = serde_json::Deserializer::from_str(text);
         let seed = ObjectSeed { paths: &self.paths, builder: self, row };
         seed.deserialize(&mut json).and_then(|()| json.end()).map_err(|e| json_message(&e))
+    }
+
+    /// Whether these columns of the row are set, or which one is null.
+    pub fn require(&self, row: &Row<'_>, columns: &[usize]) -> Result<(), String> {
+        match columns.iter().find(|column| matches!(row.cells[**column], Ready::Null)) {
+            Some(column) => Err(self.field_error(*column, "required, but missing or null")),
+            None => Ok(()),
+        }
     }
 
     /// Takes the row.

@@ -186,11 +186,19 @@ pub fn is_json(field: &Field) -> bool {
     field.metadata().get(EXTENSION_NAME).is_some_and(|name| name == EXTENSION_JSON)
 }
 
-/// The word of an Arrow type in messages: the `fields:` word if there is one.
+/// The word of an Arrow type in messages: the `fields:` word if there is one, `{a: int, b: float}` for a struct,
+/// `[int]` for a list.
 pub fn type_word(field: &Field) -> Cow<'static, str> {
-    match FieldType::of_field(field) {
-        Some(field_type) => field_type.to_string().into(),
-        None => field.data_type().to_string().into(),
+    if let Some(field_type) = FieldType::of_field(field) {
+        return field_type.to_string().into();
+    }
+    match field.data_type() {
+        DataType::Struct(fields) => {
+            let parts: Vec<String> = fields.iter().map(|f| format!("{}: {}", f.name(), type_word(f))).collect();
+            format!("{{{}}}", parts.join(", ")).into()
+        }
+        DataType::List(item) => format!("[{}]", type_word(item)).into(),
+        other => other.to_string().into(),
     }
 }
 

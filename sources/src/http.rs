@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use hyper::StatusCode;
 use hyper::header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
-use pipeline::config::{At, ByteSize, CheckContext, Fields};
+use pipeline::config::{At, ByteSize, CheckContext, Fields, did_you_mean};
 use pipeline::error::{Error, Result};
 use pipeline::http::respond::{self, BodyError};
 use pipeline::http::{Handler, Request, Response};
@@ -30,12 +30,12 @@ const PAGE: &str = "\
 Takes JSON messages by `POST` on the server's own listener.
 
 ## Emits
-With `fields`, one row per JSON object with those columns; a missing field is null, other names are skipped. A body is one
-object, an array of objects, or one object per line (NDJSON: content type `application/x-ndjson`, or simply several
+With `fields`, one row per JSON object with those columns; a missing field is null, unless `required` names it: then the
+message is wrong. Other names are skipped. A body is one object, an array of objects, or one object per line (NDJSON: content type `application/x-ndjson`, or simply several
 lines). Without `fields`, the whole body (of `application/x-ndjson`: each line) is one row with the column
 `payload: string`, as it came.
 
-The answer comes once the rows are accepted, which is to say safe on disk where the graph has checkpoints:
+The answer comes once the rows have entered the graph (a crash before the next checkpoint still loses them):
 
     {\"accepted\":2,\"rejected\":1,\"errors\":[{\"line\":3,\"error\":\"field `x`: expected int, found \\\"fast\\\"\"}]}
 
@@ -91,6 +91,9 @@ pub struct HttpConfig {
     /// Columns with their types. Without it a row is the raw message, in the column `payload: string`.
     #[serde(default)]
     pub fields: Option<Fields>,
+    /// Fields without which a message is wrong. Default: none, a missing one is null.
+    #[serde(default)]
+    pub required: Vec<At<String>>,
     /// Longest body; a longer one is answered 413. Default `1MiB`: thousands of messages at once, and a client
     /// gone wild costs little memory.
     #[serde(default = "max_body")]
@@ -108,6 +111,7 @@ impl SourceConfig for HttpConfig {
 type: http
 path: /messages
 fields: {device_id: string, latency_ms: float, ts: timestamp}
+required: [device_id]
 ";
 
     fn check(&self, cx: &mut CheckContext<'_>) -> Option<SourceShape> {
@@ -123,6 +127,13 @@ fields: {device_id: string, latency_ms: float, ts: timestamp}
         if self.fields.as_ref().is_some_and(Fields::is_empty) {
             let hint = Some("name them, or leave `fields` out for the raw `payload`".to_owned());
             cx.error_hint(cx.position(), "`fields` names no column", hint);
+        }
+        let names = || self.fields.iter().flat_map(|fields| fields.0.keys());
+        for required in &self.required {
+            if !names().any(|name| *name == required.value) {
+                let hint = did_you_mean(required, names().map(String::as_str));
+                cx.error_hint(required.position, format!("`{}` is none of the `fields`", required.value), hint);
+            }
         }
         Some(SourceShape {
             schema: Arc::clone(self.columns().rows.schema()),
@@ -153,23 +164,31 @@ fields: {device_id: string, latency_ms: float, ts: timestamp}
 
 impl HttpConfig {
     fn columns(&self) -> Columns {
-        match &self.fields {
-            Some(fields) => Columns { rows: RowsBuilder::new(&[], fields), raw: false },
-            None => Columns { rows: RowsBuilder::new(&[(PAYLOAD, FieldType::String)], &Fields::default()), raw: true },
-        }
+        let Some(fields) = &self.fields else {
+            let rows = RowsBuilder::new(&[(PAYLOAD, FieldType::String)], &Fields::default());
+            return Columns { rows, required: Vec::new(), raw: true };
+        };
+        let required = self.required.iter().filter_map(|name| fields.0.get_index_of(&name.value)).collect();
+        Columns { rows: RowsBuilder::new(&[], fields), required, raw: false }
     }
 }
 
 /// From messages to rows: the decoder, and what the handler asks whether a message is right.
 struct Columns {
     rows: RowsBuilder,
+    /// Columns that must not be null.
+    required: Vec<usize>,
     /// Whether there are no `fields`.
     raw: bool,
 }
 
 impl Columns {
     fn set<'a>(&self, row: &mut Row<'a>, message: &'a [u8]) -> Result<(), String> {
-        if self.raw { self.rows.set(row, 0, Cell::Bytes(message)) } else { self.rows.set_json(row, message) }
+        if self.raw {
+            return self.rows.set(row, 0, Cell::Bytes(message));
+        }
+        self.rows.set_json(row, message)?;
+        self.rows.require(row, &self.required)
     }
 }
 
@@ -395,8 +414,9 @@ impl Post {
     /// What the client is told if the messages are accepted.
     fn examine(&self, messages: &Messages) -> Answer {
         let mut answer = Answer { accepted: 0, rejected: 0, errors: Vec::new() };
-        let mut row = self.columns.rows.row_apart();
         for (number, message) in &messages.list {
+            // A row of its own: what an earlier message set would pass for a required field.
+            let mut row = self.columns.rows.row_apart();
             match self.columns.set(&mut row, message) {
                 Ok(()) => answer.accepted += 1,
                 Err(error) => {
@@ -586,16 +606,18 @@ mod tests {
     fn decoding_gives_rows_and_errors_of_their_records() {
         let config = HttpConfig {
             path: At::nowhere("/m".to_owned()),
-            fields: Some(Fields::of([("x", FieldType::Int)])),
+            fields: Some(Fields::of([("x", FieldType::Int), ("y", FieldType::Int)])),
+            required: vec![At::nowhere("x".to_owned())],
             max_body: max_body(),
         };
         let record = |text: &'static str| Record { payload: text.into(), metadata: Bytes::new(), token: 0 };
         let mut decoder = config.decoder().expect("a push source decodes");
-        let records = ["{\"x\":1}", "{\"x\":\"a\"}", "oops", "{\"x\":2}"].map(record);
+        let records = ["{\"x\":1}", "{\"x\":\"a\"}", "oops", "{\"x\":2}", "{\"y\":1}"].map(record);
         let decoded = decoder.decode(&records).expect("rows");
         assert_eq!(decoded.rows.num_rows(), 2);
         assert_eq!(decoded.record_of_row, [0, 3]);
         assert_eq!(decoded.errors[0].message, "field `x`: expected int, found \"a\"");
         assert_eq!(decoded.errors[1].payload, "oops");
+        assert_eq!(decoded.errors[2].message, "field `x`: required, but missing or null");
     }
 }

@@ -6,6 +6,8 @@ use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
+use sqlx::{AssertSqlSafe, Connection, Executor};
+
 use super::{Process, Scratch, free_port, wait_for, wait_for_port};
 
 /// A database server that stops when this is dropped.
@@ -75,6 +77,19 @@ impl Shared {
 pub fn unique(prefix: &str) -> String {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     format!("{prefix}_{}", NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Runs statements on the database of a URL, over a connection of their own.
+pub async fn execute(url: &str, sql: &str) {
+    let sql = sqlx::raw_sql(AssertSqlSafe(sql.to_owned()));
+    if url.starts_with("postgres") {
+        sqlx::PgConnection::connect(url).await.expect(url).execute(sql).await.map(drop)
+    } else if url.starts_with("mysql") {
+        sqlx::MySqlConnection::connect(url).await.expect(url).execute(sql).await.map(drop)
+    } else {
+        sqlx::SqliteConnection::connect(url).await.expect(url).execute(sql).await.map(drop)
+    }
+    .expect("statement");
 }
 
 /// Neither server runs as root: then as its own user, which gets the folder.

@@ -5,6 +5,7 @@ pub mod http;
 pub mod mosquitto;
 pub mod program;
 pub mod redis;
+pub mod websocket;
 
 use std::io::{BufRead, BufReader, Read};
 use std::net::{TcpListener, TcpStream};

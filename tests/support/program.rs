@@ -36,12 +36,43 @@ impl Program {
             format!("server: {{listen: 127.0.0.1:PORT}}\n{yaml}")
         };
         scratch.write("pipelines.yaml", &yaml.replace("PORT", &port.to_string()));
-        let mut process = Process::start(Command::new(BINARY).arg("run").current_dir(scratch.path()));
+        Self::launch(scratch, port, Command::new(BINARY).arg("run"))
+    }
+
+    /// Starts the binary on `examples/NAME` as it is, but in a folder and on a port of its own.
+    pub fn start_example(name: &str, environment: &[(&str, &str)]) -> Self {
+        Self::start_example_in(Scratch::new(), name, environment)
+    }
+
+    /// As [`Self::start_example`], in a folder where it may have run before.
+    pub fn start_example_in(scratch: Scratch, name: &str, environment: &[(&str, &str)]) -> Self {
+        let port = free_port();
+        scratch.write(name, &example(name));
+        let mut command = Command::new(BINARY);
+        command.arg("run").arg(name).env("LISTEN", format!("127.0.0.1:{port}"));
+        Self::launch(scratch, port, command.envs(environment.iter().copied()))
+    }
+
+    fn launch(scratch: Scratch, port: u16, command: &mut Command) -> Self {
+        let mut process = Process::start(command.current_dir(scratch.path()));
         wait_for("the program to answer", || {
             assert!(process.is_running(), "the program ended: {}", process.printed());
             get(port, "/health")
         });
         Self { scratch, port, process }
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    /// The status of a source: its state and its counters.
+    pub fn source(&self, name: &str) -> Value {
+        let graph = self.get("/api/v1/pipelines");
+        let sources = graph["sources"].as_array().expect("sources");
+        let source = sources.iter().find(|source| source["name"] == name);
+        source.unwrap_or_else(|| panic!("no source {name} in {graph}"))["status"].clone()
     }
 
     /// Waits until every node is connected.
@@ -74,6 +105,12 @@ impl Program {
         assert_eq!(status.code(), Some(0), "{}", self.process.printed());
         self.scratch
     }
+}
+
+/// The text of a file in `examples/`.
+pub fn example(name: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples").join(name);
+    std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
 /// Runs the binary to its end.

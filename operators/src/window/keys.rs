@@ -1,131 +1,15 @@
-//! Keys: the values of the `group_by` columns of a row as bytes.
-//!
-//! The encoding is our own and fixed, so that a key hashes the same in every process and on every machine, and
-//! so that the order of the bytes is the order of the values. Column after column:
-//!
-//! | value | bytes |
-//! | --- | --- |
-//! | null | `00` |
-//! | int, bool, timestamp, date | `01`, then 8 bytes, big-endian, of the number with its sign bit flipped (microseconds, days, 0 or 1) |
-//! | decimal | `01`, then 16 bytes in the same manner |
-//! | float | `01`, then 8 bytes, big-endian, of the IEEE bits: all flipped if negative, else the sign bit; -0 is 0, NaN one value, the greatest |
-//! | string, json, bytes | `01`, then the bytes with `00 ff` for every `00`, then `00 00` |
-//!
-//! The hash is xxh3 with 64 bits and seed 0.
+//! The keys that open windows hold. Their bytes are those of [`crate::encoding`].
 
-use std::sync::Arc;
-
-use arrow::array::{
-    Array, ArrayRef, AsArray, BinaryArray, BinaryBuilder, Decimal128Array, Decimal128Builder, Float64Array,
-    Float64Builder, Int64Array, Int64Builder,
-};
-use arrow::datatypes::{DataType, Decimal128Type, Float64Type, Int64Type};
+use arrow::array::ArrayRef;
+use arrow::datatypes::DataType;
 use hashbrown::HashTable;
-use pipeline::error::{Error, Result};
+use pipeline::error::Result;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::aggregate::{Layout, into_layout, out_of_layout};
+use crate::encoding::{Decoder, KeyColumn, Layout, decode_column};
 
 /// Stands for "no slot" and "no key".
 pub(super) const NONE: u32 = u32::MAX;
-
-/// A key column of a batch in its layout.
-pub(super) enum KeyColumn<'a> {
-    Int(&'a Int64Array),
-    Float(&'a Float64Array),
-    Decimal(&'a Decimal128Array),
-    Bytes(&'a BinaryArray),
-}
-
-impl<'a> KeyColumn<'a> {
-    /// Over an array that [`into_layout`] gave.
-    pub(super) fn new(array: &'a ArrayRef) -> Result<Self> {
-        Ok(match array.data_type() {
-            DataType::Int64 => Self::Int(array.as_primitive::<Int64Type>()),
-            DataType::Float64 => Self::Float(array.as_primitive::<Float64Type>()),
-            DataType::Decimal128(..) => Self::Decimal(array.as_primitive::<Decimal128Type>()),
-            DataType::Binary => Self::Bytes(array.as_binary::<i32>()),
-            other => return Err(Error::internal(format!("no key of {other}"))),
-        })
-    }
-
-    /// Appends the encoding of row `row`.
-    #[inline]
-    pub(super) fn encode(&self, row: usize, out: &mut Vec<u8>) {
-        let valid = match self {
-            Self::Int(array) => array.is_valid(row),
-            Self::Float(array) => array.is_valid(row),
-            Self::Decimal(array) => array.is_valid(row),
-            Self::Bytes(array) => array.is_valid(row),
-        };
-        if !valid {
-            out.push(0);
-            return;
-        }
-        out.push(1);
-        match self {
-            Self::Int(array) => out.extend_from_slice(&((array.value(row) ^ i64::MIN).to_be_bytes())),
-            Self::Float(array) => out.extend_from_slice(&float_bits(array.value(row)).to_be_bytes()),
-            Self::Decimal(array) => out.extend_from_slice(&((array.value(row) ^ i128::MIN).to_be_bytes())),
-            Self::Bytes(array) => encode_bytes(array.value(row), out),
-        }
-    }
-}
-
-/// Bits of a float whose order as an unsigned number is that of the floats.
-fn float_bits(value: f64) -> u64 {
-    // -0 + 0 is 0.
-    let bits = if value.is_nan() { f64::NAN.abs().to_bits() } else { (value + 0.0).to_bits() };
-    if bits >> 63 == 1 { !bits } else { bits ^ (1 << 63) }
-}
-
-fn bits_float(bits: u64) -> f64 {
-    f64::from_bits(if bits >> 63 == 1 { bits ^ (1 << 63) } else { !bits })
-}
-
-fn encode_bytes(bytes: &[u8], out: &mut Vec<u8>) {
-    for (index, part) in bytes.split(|byte| *byte == 0).enumerate() {
-        if index > 0 {
-            out.extend_from_slice(&[0, 0xff]);
-        }
-        out.extend_from_slice(part);
-    }
-    out.extend_from_slice(&[0, 0]);
-}
-
-/// Reads encoded keys, value by value.
-struct Decoder<'a> {
-    bytes: &'a [u8],
-}
-
-impl Decoder<'_> {
-    fn take<const N: usize>(&mut self) -> Result<[u8; N]> {
-        let (taken, rest) = self.bytes.split_first_chunk().ok_or_else(damaged)?;
-        self.bytes = rest;
-        Ok(*taken)
-    }
-
-    fn is_value(&mut self) -> Result<bool> {
-        Ok(self.take::<1>()? == [1])
-    }
-
-    fn text(&mut self) -> Result<Vec<u8>> {
-        let mut out = Vec::new();
-        loop {
-            let zero = self.bytes.iter().position(|byte| *byte == 0).ok_or_else(damaged)?;
-            out.extend_from_slice(&self.bytes[..zero]);
-            self.bytes = &self.bytes[zero + 1..];
-            match self.take::<1>()? {
-                [0xff] => out.push(0),
-                _ => return Ok(out),
-            }
-        }
-    }
-}
-
-fn damaged() -> Error {
-    Error::internal("damaged state: a key that does not end")
-}
 
 /// The key columns of a window: how they are read from a batch and written to results.
 #[derive(Clone, Debug, Default)]
@@ -147,8 +31,8 @@ impl KeyColumns {
 
     /// The key of every row.
     pub(super) fn find(&self, columns: &[ArrayRef], rows: usize, keys: &mut Keys) -> Result<Vec<u32>> {
-        let arrays = self.columns.iter().map(|(index, _)| into_layout(&columns[*index])).collect::<Result<Vec<_>>>()?;
-        let columns = arrays.iter().map(KeyColumn::new).collect::<Result<Vec<_>>>()?;
+        let columns =
+            self.columns.iter().map(|(index, _)| KeyColumn::new(&columns[*index])).collect::<Result<Vec<_>>>()?;
         let mut encoded = Vec::new();
         let mut found = Vec::with_capacity(rows);
         for row in 0..rows {
@@ -163,48 +47,9 @@ impl KeyColumns {
 
     /// The key columns of results with these keys.
     pub(super) fn decode(&self, keys: &Keys, of: &[u32]) -> Result<Vec<ArrayRef>> {
-        let mut decoders: Vec<Decoder<'_>> = of.iter().map(|key| Decoder { bytes: keys.bytes(*key) }).collect();
+        let mut decoders: Vec<Decoder<'_>> = of.iter().map(|key| Decoder::new(keys.bytes(*key))).collect();
         self.columns.iter().map(|(_, data_type)| decode_column(data_type, &mut decoders)).collect()
     }
-}
-
-fn decode_column(data_type: &DataType, rows: &mut [Decoder<'_>]) -> Result<ArrayRef> {
-    let array: ArrayRef = match Layout::of(data_type) {
-        Some(Layout::Int) => {
-            let mut builder = Int64Builder::with_capacity(rows.len());
-            for row in rows {
-                let valid = row.is_value()?;
-                builder.append_option(if valid { Some(i64::from_be_bytes(row.take()?) ^ i64::MIN) } else { None });
-            }
-            Arc::new(builder.finish())
-        }
-        Some(Layout::Float) => {
-            let mut builder = Float64Builder::with_capacity(rows.len());
-            for row in rows {
-                let valid = row.is_value()?;
-                builder.append_option(if valid { Some(bits_float(u64::from_be_bytes(row.take()?))) } else { None });
-            }
-            Arc::new(builder.finish())
-        }
-        Some(Layout::Decimal) => {
-            let mut builder = Decimal128Builder::with_capacity(rows.len());
-            for row in rows {
-                let valid = row.is_value()?;
-                builder.append_option(if valid { Some(i128::from_be_bytes(row.take()?) ^ i128::MIN) } else { None });
-            }
-            Arc::new(builder.finish())
-        }
-        Some(Layout::Bytes) => {
-            let mut builder = BinaryBuilder::with_capacity(rows.len(), rows.len() * 16);
-            for row in rows {
-                let valid = row.is_value()?;
-                builder.append_option(if valid { Some(row.text()?) } else { None });
-            }
-            Arc::new(builder.finish())
-        }
-        None => return Err(Error::internal(format!("no key of {data_type}"))),
-    };
-    out_of_layout(array, data_type)
 }
 
 struct Key {

@@ -13,8 +13,9 @@ use pipeline::expression::Expression;
 use pipeline::plugin::Output;
 use pipeline::state::{StateReader, StateWriter};
 
-use super::aggregate::{Aggregate, Chunk, Family, cast_to};
+use super::aggregate::{Aggregate, Chunk, Family};
 use super::keys::{KeyColumns, Keys, NONE};
+use crate::encoding::cast_to;
 
 /// Most slots (a key in a pane, or in an open window) of one window step. At 100 to 200 bytes each
 /// this is most of a gigabyte; a key set that grows without end is stopped before the process is.

@@ -19,8 +19,19 @@ use crate::schema::type_word;
 /// Metric of a source's row errors: the source's name and this.
 pub const ERRORS_SUFFIX: &str = "_errors";
 
-/// Paths of the engine's own HTTP surface. One that ends with a slash stands for everything below it.
-const OWN_PATHS: [&str; 5] = ["/", "/health", "/ready", "/metrics", "/api/v1/"];
+/// Paths of the engine's own HTTP surface (`http::api` mounts them). One that ends with a slash stands for everything
+/// below it. Others below `/api/v1/` are free: clients of an earlier service find their stream where it was.
+const OWN_PATHS: [&str; 9] = [
+    "/",
+    "/health",
+    "/ready",
+    "/metrics",
+    "/api/v1/pipelines",
+    "/api/v1/metrics/",
+    "/api/v1/stats",
+    "/api/v1/connections",
+    "/api/v1/query",
+];
 
 /// Fewer microseconds than this between checkpoints and the disk does nothing else.
 const CHECKPOINT_US_MIN: i64 = 10_000;

@@ -16,9 +16,8 @@ use pipeline::error::{Error, Result};
 use pipeline::state::{StateReader, StateWriter};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::super::keys::KeyColumn;
-use super::stored::{Layout, into_layout};
 use super::{Aggregate, Chunk, argument, each_value, pair_mut};
+use crate::encoding::{KeyColumn, Layout};
 
 /// Most hashes that a slot keeps as they are: 16 KiB, as much as the registers.
 const EXACT_HASHES_MAX: usize = 2048;
@@ -162,10 +161,10 @@ impl Aggregate for Distinct {
     }
 
     fn update(&mut self, chunk: &Chunk<'_>) -> Result<()> {
-        let array = into_layout(argument(chunk)?)?;
-        let column = KeyColumn::new(&array)?;
+        let array = argument(chunk)?;
+        let column = KeyColumn::new(array)?;
         let Self { seen, encoded } = self;
-        each_value(chunk.slots, &array as &dyn Array, |row, slot| {
+        each_value(chunk.slots, array as &dyn Array, |row, slot| {
             encoded.clear();
             column.encode(row, encoded);
             seen[slot].add(xxh3_64(encoded));

@@ -10,8 +10,9 @@ use arrow::datatypes::{DECIMAL128_MAX_PRECISION, DataType, Decimal128Type, Decim
 use pipeline::error::{Error, Result};
 use pipeline::state::{StateReader, StateWriter};
 
-use super::stored::{Layout, Stored, into_layout, out_of_layout};
+use super::stored::Stored;
 use super::{Aggregate, Chunk, argument, pair_mut};
+use crate::encoding::{Layout, into_layout, out_of_layout};
 
 /// An empty state for values of `data_type`.
 pub(super) fn build(data_type: &DataType, last: bool, ignore_nulls: bool) -> Result<Box<dyn Aggregate>> {

@@ -7,8 +7,9 @@ use arrow::datatypes::DataType;
 use pipeline::error::{Error, Result};
 use pipeline::state::{StateReader, StateWriter};
 
-use super::stored::{Layout, Stored, into_layout, out_of_layout};
+use super::stored::Stored;
 use super::{Aggregate, Chunk, argument, each_value, pair_mut};
+use crate::encoding::{Layout, into_layout, out_of_layout};
 
 /// An empty state for values of `data_type`.
 pub(super) fn build(data_type: &DataType, greatest: bool) -> Result<Box<dyn Aggregate>> {

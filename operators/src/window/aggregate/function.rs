@@ -14,7 +14,8 @@ use datafusion::physical_expr::aggregate::AggregateFunctionExpr;
 use pipeline::error::{Error, Result};
 use pipeline::state::{StateReader, StateWriter};
 
-use super::{Aggregate, Chunk, cast_to};
+use super::{Aggregate, Chunk};
+use crate::encoding::cast_to;
 
 /// Most bytes of rows that one aggregate which keeps its rows holds over all its slots: a run-away key set is stopped before
 /// the process is.

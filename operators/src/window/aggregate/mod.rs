@@ -20,8 +20,8 @@ mod sum;
 
 use std::sync::Arc;
 
+use crate::encoding::Layout;
 use arrow::array::{Array, ArrayRef, AsArray, Float64Array, Int64Array};
-use arrow::compute::cast;
 use arrow::datatypes::{DataType, Float64Type, Int64Type};
 use datafusion::physical_expr::aggregate::AggregateFunctionExpr;
 use pipeline::error::{Error, Result};
@@ -31,7 +31,6 @@ use pipeline::state::{StateReader, StateWriter};
 pub(super) use edge::delta_type;
 pub(super) use function::{FUNCTION_BYTES_MAX, buffers_rows};
 pub(super) use moments::Moment;
-pub(super) use stored::{Layout, into_layout, out_of_layout};
 pub(super) use sum::SumOutput;
 
 /// Rows to add: equally long columns.
@@ -161,12 +160,7 @@ pub(super) fn is_number(data_type: &DataType) -> bool {
 
 /// Whether values of this type (one of ours) have an order.
 pub(super) fn is_ordered(data_type: &DataType) -> bool {
-    stored::Layout::of(data_type).is_some()
-}
-
-/// `array` as `data_type`, unchanged if it is one already.
-pub(super) fn cast_to(array: ArrayRef, data_type: &DataType) -> Result<ArrayRef> {
-    if array.data_type() == data_type { Ok(array) } else { Ok(cast(&array, data_type)?) }
+    Layout::of(data_type).is_some()
 }
 
 /// The argument as integers.

@@ -1,4 +1,4 @@
-//! Values that a slot keeps: integers, floats, decimals and bytes. All other types are one of these in disguise.
+//! Values that a slot keeps, one kind per [`Layout`](crate::encoding::Layout).
 
 use std::cmp::Ordering;
 use std::sync::Arc;
@@ -6,82 +6,10 @@ use std::sync::Arc;
 use arrow::array::{
     Array, ArrayRef, BinaryArray, BinaryBuilder, Decimal128Array, Float64Array, Int64Array, PrimitiveArray,
 };
-use arrow::datatypes::DataType;
 use pipeline::error::Result;
 use pipeline::state::{StateReader, StateWriter};
 
-use super::{cast_to, wrong_type};
-
-/// In which of the four kinds values of a type are kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in super::super) enum Layout {
-    /// 64-bit integers: ints, booleans, times, dates.
-    Int,
-    /// Floats.
-    Float,
-    /// 128-bit integers.
-    Decimal,
-    /// Text and bytes.
-    Bytes,
-}
-
-impl Layout {
-    /// The layout of a type; `None` for nested and exotic ones.
-    pub(in super::super) fn of(data_type: &DataType) -> Option<Self> {
-        Some(match data_type {
-            DataType::UInt64 | DataType::Decimal128(..) => Self::Decimal,
-            t if t.is_integer() => Self::Int,
-            DataType::Boolean
-            | DataType::Timestamp(..)
-            | DataType::Date32
-            | DataType::Date64
-            | DataType::Time32(_)
-            | DataType::Time64(_)
-            | DataType::Duration(_) => Self::Int,
-            DataType::Float16 | DataType::Float32 | DataType::Float64 => Self::Float,
-            DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => Self::Bytes,
-            DataType::Binary | DataType::LargeBinary | DataType::BinaryView => Self::Bytes,
-            _ => return None,
-        })
-    }
-}
-
-/// The types that a value passes through on its way to its layout, the last one being the layout's own.
-fn steps(data_type: &DataType) -> Vec<DataType> {
-    match data_type {
-        DataType::Date32 | DataType::Time32(_) => vec![DataType::Int32, DataType::Int64],
-        DataType::UInt64 => vec![DataType::Decimal128(20, 0)],
-        DataType::Decimal128(..) => Vec::new(),
-        DataType::LargeUtf8 | DataType::Utf8View => vec![DataType::Utf8, DataType::Binary],
-        other => match Layout::of(other) {
-            Some(Layout::Int) => vec![DataType::Int64],
-            Some(Layout::Float) => vec![DataType::Float64],
-            Some(Layout::Bytes) => vec![DataType::Binary],
-            Some(Layout::Decimal) | None => Vec::new(),
-        },
-    }
-}
-
-/// `array` in its layout.
-pub(in super::super) fn into_layout(array: &ArrayRef) -> Result<ArrayRef> {
-    steps(array.data_type()).iter().try_fold(array.clone(), cast_to)
-}
-
-/// An array in its layout as `data_type` again.
-pub(in super::super) fn out_of_layout(array: ArrayRef, data_type: &DataType) -> Result<ArrayRef> {
-    if let (DataType::Decimal128(precision, scale), Some(decimals)) =
-        (data_type, array.as_any().downcast_ref::<Decimal128Array>())
-    {
-        return Ok(Arc::new(decimals.clone().with_precision_and_scale(*precision, *scale)?));
-    }
-    if let (DataType::UInt64, Some(decimals)) = (data_type, array.as_any().downcast_ref::<Decimal128Array>()) {
-        return cast_to(Arc::new(decimals.clone().with_precision_and_scale(20, 0)?), data_type);
-    }
-    let mut back = steps(data_type);
-    back.pop();
-    let array = back.iter().rev().try_fold(array, cast_to)?;
-    cast_to(array, data_type)
-}
+use super::wrong_type;
 
 /// A value of one layout.
 pub(super) trait Stored: Clone + Default + Send + 'static {
