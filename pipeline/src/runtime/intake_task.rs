@@ -15,11 +15,11 @@ use tracing::warn;
 use super::coordinator::{Control, Report};
 use super::edge::{Barrier, Message, Outlet};
 use super::queue::Receiver;
-use super::reader_task::Arrival;
+use super::reader_task::{Arrival, Link};
 use crate::batch::{BATCH_ROWS_MAX, Batch, Stage, Times};
 use crate::error::{Error, Result};
 use crate::graph::{EventTime, errors_schema};
-use crate::plugin::{Acknowledger, Decoder, Delivery, Record, RowError};
+use crate::plugin::{Decoder, Delivery, Record, RowError};
 use crate::state::{StateReader, StateWriter};
 use crate::status::{NodeState, NodeStatus};
 use crate::time::now_us;
@@ -42,7 +42,7 @@ pub(crate) struct IntakeTask {
     pub(crate) status: Arc<NodeStatus>,
     pub(crate) clock: SourceClock,
     pub(crate) position: Option<Vec<u8>>,
-    pub(crate) acknowledger: Option<Box<dyn Acknowledger>>,
+    pub(crate) link: Option<Link>,
     pub(crate) error_batches: u64,
     pub(crate) batches: u64,
     pub(crate) error_log: Option<Instant>,
@@ -133,12 +133,12 @@ impl IntakeTask {
         while let Some(arrival) = next.take() {
             self.status.queue.store(self.arrivals.len() as u64, Relaxed);
             match arrival {
-                Arrival::Connected(acknowledger) => {
-                    self.acknowledger = acknowledger;
+                Arrival::Connected(link) => {
+                    self.link = link;
                     self.clock.set_connected(true);
                 }
                 Arrival::Disconnected => {
-                    self.acknowledger = None;
+                    self.link = None;
                     self.clock.set_connected(false);
                 }
                 Arrival::Unwanted => self.clock.set_unwanted(),
@@ -237,17 +237,19 @@ impl IntakeTask {
     }
 
     async fn acknowledge(&mut self, records: &[Record], accepted: bool) {
-        let Some(acknowledger) = self.acknowledger.as_mut() else { return };
+        let Some(link) = self.link.as_mut() else { return };
         let tokens: Vec<u64> = records.iter().map(|record| record.token).collect();
         let told = match accepted {
-            true => acknowledger.acknowledge(&tokens).await,
-            false => acknowledger.reject(&tokens).await,
+            true => link.acknowledger.acknowledge(&tokens).await,
+            false => link.acknowledger.reject(&tokens).await,
         };
         if let Err(error) = told {
-            // The reader meets the same broken connection and reconnects; what is not confirmed comes again.
+            // The reader may not notice by itself. What is not confirmed comes again on the next connection.
             self.status.errors.fetch_add(1, Relaxed);
             warn!(source = %self.name, "acknowledging failed: {error}");
-            self.acknowledger = None;
+            if let Some(link) = self.link.take() {
+                let _ = link.broken.send(());
+            }
         }
     }
 

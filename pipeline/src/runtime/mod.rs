@@ -25,9 +25,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use futures::future::join_all;
 use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 use tokio::time::{Duration, MissedTickBehavior, interval, sleep, timeout};
 use tracing::{info, warn};
 
@@ -57,6 +59,9 @@ const DEMAND_EVERY: Duration = Duration::from_secs(1);
 
 /// At a stop, live clients may say good-bye for this long.
 const CLIENTS_WITHIN: Duration = Duration::from_secs(5);
+
+/// At a stop, acknowledgements may be on their way to their senders for this long; what has none comes again.
+const SOURCES_WITHIN: Duration = Duration::from_secs(5);
 
 /// Reports and controls that wait; every node sends at most two a checkpoint.
 const SIGNALS_MAX: usize = 1024;
@@ -169,7 +174,7 @@ impl Starter {
         api::mount(&self.routes, &self.live, &self.history, summary, &self.options.pages);
         let server = server::start(self.listener, self.routes);
         tokio::spawn(wanted.watch(Arc::clone(&self.live)));
-        let (controls, commits, fingerprints) = nodes.start(&self.operators, drain);
+        let (controls, commits, fingerprints, readers) = nodes.start(&self.operators, drain);
         let coordinator = Coordinator {
             store: self.store,
             every: *self.graph.checkpoint_every,
@@ -181,6 +186,7 @@ impl Starter {
             ended: BTreeSet::new(),
         };
         let stopped = coordinator.run(stop, drain).await?;
+        let _ = timeout(SOURCES_WITHIN, join_all(readers)).await;
         server.stop().await;
         let closed = async {
             while self.status.connections.totals().active_connections > 0 {
@@ -342,7 +348,7 @@ impl Starter {
             status: Arc::clone(&status),
             clock: SourceClock::new(source.event_time),
             position: None,
-            acknowledger: None,
+            link: None,
             error_batches: 0,
             batches: 0,
             error_log: None,
@@ -378,7 +384,8 @@ struct Nodes {
     deliveries: Vec<DeliveryTask>,
 }
 
-type Signals = (Vec<mpsc::Sender<Control>>, HashMap<String, mpsc::Sender<u64>>, BTreeMap<String, u64>);
+type Signals =
+    (Vec<mpsc::Sender<Control>>, HashMap<String, mpsc::Sender<u64>>, BTreeMap<String, u64>, Vec<JoinHandle<()>>);
 
 impl Nodes {
     fn new(reporter: mpsc::Sender<Report>) -> Self {
@@ -406,15 +413,16 @@ impl Nodes {
         for task in self.pipelines {
             operators.spawn(task.run());
         }
+        let mut readers = Vec::new();
         for (intake, reader) in self.sources {
             operators.spawn(intake.run());
             if drain {
                 reader.status.set_state(NodeState::Ended);
             } else {
-                tokio::spawn(reader.run());
+                readers.push(tokio::spawn(reader.run()));
             }
         }
-        (self.controls, self.commits, self.fingerprints)
+        (self.controls, self.commits, self.fingerprints, readers)
     }
 }
 

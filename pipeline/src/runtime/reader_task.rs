@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
 
@@ -24,7 +24,7 @@ const GOOD_CONNECTION: Duration = Duration::from_secs(5);
 /// What the connection hands to the graph.
 pub(crate) enum Arrival {
     /// A new connection; acknowledgements go here from now on.
-    Connected(Option<Box<dyn Acknowledger>>),
+    Connected(Option<Link>),
     /// The connection is lost.
     Disconnected,
     /// Rows of a pull source.
@@ -35,6 +35,13 @@ pub(crate) enum Arrival {
     Unwanted,
     /// A bounded source has reached its end, or the source has failed for good.
     Ended,
+}
+
+/// The engine's way back to the sender of records.
+pub(crate) struct Link {
+    pub(crate) acknowledger: Box<dyn Acknowledger>,
+    /// Tells the reader that the connection is of no use any more: acknowledging failed.
+    pub(crate) broken: oneshot::Sender<()>,
 }
 
 pub(crate) struct ReaderTask {
@@ -63,6 +70,7 @@ impl ReaderTask {
             () = arrivals.closed() => {}
             () = self.connect_and_read() => {}
         }
+        self.source.close().await;
     }
 
     async fn connect_and_read(&mut self) {
@@ -108,10 +116,15 @@ impl ReaderTask {
     async fn read(&mut self, reader: Reader) -> Stop {
         match reader {
             Reader::Push(reader, acknowledger) => {
-                if self.arrivals.send(Arrival::Connected(Some(acknowledger)), 0).await.is_err() {
+                let (broken, is_broken) = oneshot::channel();
+                let link = Link { acknowledger, broken };
+                if self.arrivals.send(Arrival::Connected(Some(link)), 0).await.is_err() {
                     return Stop::Closed;
                 }
-                self.push(reader).await
+                tokio::select! {
+                    stop = self.push(reader) => stop,
+                    Ok(()) = is_broken => Stop::Error(Error::outside("what was received could not be acknowledged")),
+                }
             }
             Reader::Pull(reader) => {
                 if self.arrivals.send(Arrival::Connected(None), 0).await.is_err() {
