@@ -23,8 +23,10 @@ mod store;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
+use futures::FutureExt;
 use futures::future::join_all;
 use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Handle, Runtime};
@@ -405,24 +407,34 @@ impl Nodes {
     /// Spawns everything, consumers first.
     fn start(self, operators: &Handle, drain: bool) -> Signals {
         for task in self.deliveries {
-            tokio::spawn(task.run());
+            let key = format!("sink/{}", task.name);
+            tokio::spawn(watched(key, self.reporter.clone(), task.run()));
         }
         for task in self.sinks {
-            tokio::spawn(task.run());
+            tokio::spawn(watched(task.key.clone(), self.reporter.clone(), task.run()));
         }
         for task in self.pipelines {
-            operators.spawn(task.run());
+            operators.spawn(watched(task.key.clone(), self.reporter.clone(), task.run()));
         }
         let mut readers = Vec::new();
         for (intake, reader) in self.sources {
-            operators.spawn(intake.run());
+            let key = intake.key.clone();
+            operators.spawn(watched(key.clone(), self.reporter.clone(), intake.run()));
             if drain {
                 reader.status.set_state(NodeState::Ended);
             } else {
-                readers.push(tokio::spawn(reader.run()));
+                readers.push(tokio::spawn(watched(key, self.reporter.clone(), reader.run())));
             }
         }
         (self.controls, self.commits, self.fingerprints, readers)
+    }
+}
+
+/// Runs a node's task; a panic in it ends the run with an error, instead of leaving a graph that waits for it.
+async fn watched(key: String, reporter: mpsc::Sender<Report>, task: impl Future<Output = ()> + Send) {
+    if let Err(panic) = AssertUnwindSafe(task).catch_unwind().await {
+        let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+        let _ = reporter.send(Report::Died(key, text.unwrap_or("panic").to_owned())).await;
     }
 }
 
