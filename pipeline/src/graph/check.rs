@@ -47,6 +47,7 @@ pub fn check(file: &Pipelines, plugins: &Plugins, problems: &mut Problems) -> Op
     let pipelines = checker.pipelines(&order, &steps, &sources);
     let sinks = checker.sinks(&pipelines);
     checker.mounts(&sources, &sinks);
+    checker.histories(&sinks);
     if checker.problems.has_errors() {
         return None;
     }
@@ -442,6 +443,21 @@ impl<'a> Checker<'a> {
         }
         let (name, type_name) = (entry.name.value.clone(), entry.type_name.value.clone());
         Some(GraphSink { name, type_name, config, inputs, producers, shape })
+    }
+
+    /// Two sinks on one history folder: each would take the other's staged files for leftovers of its own.
+    fn histories(&mut self, sinks: &[Option<GraphSink>]) {
+        let file = self.file;
+        let mut taken: Vec<(std::path::PathBuf, &str)> = Vec::new();
+        for (sink, entry) in sinks.iter().zip(&file.sinks) {
+            let Some(folder) = sink.as_ref().and_then(|sink| sink.shape.history.clone()) else { continue };
+            if let Some((_, other)) = taken.iter().find(|(path, _)| *path == folder) {
+                let message = format!("the folder `{}` is the history of sink `{other}` already", folder.display());
+                let mut cx = self.context(format!("sink {}", entry.name.value), entry.position);
+                cx.error_hint(entry.position, message, Some("give each its own `path`".to_owned()));
+            }
+            taken.push((folder, &entry.name.value));
+        }
     }
 
     /// Two plugins on one path, or a plugin on one of the engine's.

@@ -274,6 +274,7 @@ impl Starter {
         let receivers = sink.producers.iter().map(|producer| nodes.outlets.add(*producer, takes)).collect();
         let inputs = sink.inputs.len();
         let tail = |input| self.tails.get(&(index, input)).cloned().unwrap_or_default();
+        let sink_inputs = sink.inputs.clone();
         let built = sink.config.build(SinkContext {
             name: sink.name.clone(),
             inputs: sink.inputs,
@@ -291,7 +292,7 @@ impl Starter {
                 Running::Staging(staging)
             }
             Sink::Outbox(outbox_sink, limits) => {
-                let outbox = Arc::new(Outbox::new(limits, inputs));
+                let outbox = Arc::new(Outbox::new(limits, sink_inputs));
                 if let Some(state) = state {
                     outbox.restore(state).map_err(|e| e.context(&key))?;
                 }
