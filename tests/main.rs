@@ -12,3 +12,4 @@ mod mqtt;
 mod redis;
 mod sql;
 mod support;
+mod tidy;

@@ -566,7 +566,7 @@ fn a_wrong_source_is_told_with_the_place() {
         ("url: mqtt://h\ntopics: [\"{payload}/t\"]", "the source has a column `payload` already"),
         ("url: mqtt://h\ntopics: [t]\nsession: lasting", "unknown value `lasting`"),
     ] {
-        let problems = source_config(yaml).err().expect(yaml);
+        let Err(problems) = source_config(yaml) else { panic!("{yaml}") };
         assert!(problems.contains(expected), "{yaml}:\n{problems}");
     }
 }
