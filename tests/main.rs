@@ -4,7 +4,9 @@
 #![allow(unreachable_pub)]
 
 mod benches;
+mod command_line;
 mod dashboard;
+mod default_graph;
 mod examples;
 mod http;
 mod live;

@@ -63,6 +63,10 @@ impl OperatorConfig for DeduplicateConfig {
     const PAGE: &'static str = PAGE;
     const EXAMPLE: &'static str = "deduplicate: {key: [device_id, ts], window: 10m}";
 
+    fn keeps_columns(&self) -> bool {
+        true
+    }
+
     fn plan(&self, inputs: &[StreamShape], cx: &mut CheckContext<'_>) -> Option<Planned> {
         let shape = inputs.first()?.clone();
         let key = key_columns(&self.key, "key", &shape.schema, cx);

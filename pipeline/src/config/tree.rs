@@ -106,18 +106,23 @@ impl Scalar {
     }
 }
 
-/// Parses one YAML document. An empty text is an empty mapping.
+/// Parses one YAML document without a mistake. An empty text is an empty mapping.
 pub fn parse(text: &str) -> Result<Node, Vec<Problem>> {
+    let mut problems = Vec::new();
+    match parse_on(text, &mut problems) {
+        Some(node) if problems.is_empty() => Ok(node),
+        _ => Err(problems),
+    }
+}
+
+/// As [`parse`], but a key that is given twice counts once, so that the rest of the file can be checked too.
+/// `None` if the text is no YAML.
+pub fn parse_on(text: &str, problems: &mut Vec<Problem>) -> Option<Node> {
     let mut builder =
         Builder { parser: Parser::new_from_str(text), anchors: HashMap::new(), nodes: 0, problems: Vec::new() };
-    match builder.document() {
-        Ok(node) if builder.problems.is_empty() => Ok(node),
-        Ok(_) => Err(builder.problems),
-        Err(problem) => {
-            builder.problems.push(*problem);
-            Err(builder.problems)
-        }
-    }
+    let node = builder.document();
+    problems.append(&mut builder.problems);
+    node.map_err(|problem| problems.push(*problem)).ok()
 }
 
 type Step<T> = Result<T, Box<Problem>>;
