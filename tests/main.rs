@@ -15,3 +15,4 @@ mod redis;
 mod restart;
 mod sql;
 mod support;
+mod tidy;

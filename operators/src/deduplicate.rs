@@ -72,9 +72,10 @@ impl OperatorConfig for DeduplicateConfig {
         let key = key_columns(&self.key, "key", &shape.schema, cx);
         if self.window.as_us() == 0 {
             cx.error(self.window.position, "`window` must be longer than nothing");
-            return None;
+            return Some(Planned::broken(shape));
         }
-        let operator = Deduplicate::new(key?, self.window.as_us(), ROWS_MAX);
+        let Some(key) = key else { return Some(Planned::broken(shape)) };
+        let operator = Deduplicate::new(key, self.window.as_us(), ROWS_MAX);
         Some(Planned { shape, operator: Box::new(operator) })
     }
 }

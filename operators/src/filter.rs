@@ -50,7 +50,7 @@ impl OperatorConfig for FilterConfig {
 
     fn plan(&self, inputs: &[StreamShape], cx: &mut CheckContext<'_>) -> Option<Planned> {
         let shape = inputs.first()?.clone();
-        let condition = cx.condition(&self.0, &shape.schema)?;
+        let Some(condition) = cx.condition(&self.0, &shape.schema) else { return Some(Planned::broken(shape)) };
         Some(Planned { shape, operator: Box::new(Filter { condition }) })
     }
 }

@@ -39,15 +39,18 @@ impl NumberUnit {
         }
     }
 
-    /// As [`Self::to_us`] for a number with a fraction.
+    /// As [`Self::to_us`] for a number with a fraction. A float next to a whole microsecond stands for it: of
+    /// seconds since 1970 it holds hardly more digits, and every second one lies just below.
     pub fn float_to_us(self, value: f64) -> Option<i64> {
         let us = match self {
             Self::Seconds => value * 1e6,
             Self::Milliseconds => value * 1e3,
             Self::Microseconds => value,
             Self::Nanoseconds => value / 1e3,
-        }
-        .floor();
+        };
+        // Half a place by which the float misses the number, and half a place of the product.
+        let is_whole = (us - us.round()).abs() <= us.abs() * f64::EPSILON;
+        let us = if is_whole { us.round() } else { us.floor() };
         // 2^63 as f64 is exact; anything at or beyond it does not fit.
         (us.is_finite() && us.abs() < 9_223_372_036_854_775_808.0).then_some(us as i64)
     }

@@ -359,8 +359,9 @@ impl<'de> Deserialize<'de> for FieldType {
 
 /// A type, or what is wrong with the word and what it may have meant.
 fn parse_type(text: &str) -> Result<FieldType, String> {
-    let hinted = |wrong| did_you_mean(text, TYPE_WORDS).map_or(format!("{wrong}"), |hint| format!("{wrong}; {hint}"));
-    text.parse().map_err(|wrong: String| hinted(wrong))
+    let hinted =
+        |wrong: String| did_you_mean(text, TYPE_WORDS).map_or(wrong.clone(), |hint| format!("{wrong}; {hint}"));
+    text.parse().map_err(hinted)
 }
 
 impl JsonSchema for FieldType {

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use crate::batch::Batch;
 use crate::config::tree::Node;
 use crate::config::{At, CheckContext, deserialize};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::state::{StateReader, StateWriter};
 
 /// The configuration of an operator: what stands after its name in `steps:`.
@@ -32,7 +32,8 @@ pub trait OperatorConfig: DeserializeOwned + JsonSchema + Send + Sync + Sized + 
     }
 
     /// Checks the step over its inputs and makes the operator. `inputs[0]` is the step before; then the side
-    /// inputs in order. Pure. `None` if it cannot be made; then at least one problem was reported.
+    /// inputs in order. Pure. After problems, [`Planned::broken`] with the best-known columns lets the later steps be
+    /// checked all the same; `None` if nothing is known. In both cases at least one problem was reported.
     fn plan(&self, inputs: &[StreamShape], cx: &mut CheckContext<'_>) -> Option<Planned>;
 }
 
@@ -54,6 +55,23 @@ pub struct Planned {
     pub shape: StreamShape,
     /// The operator, with no state yet.
     pub operator: Box<dyn Operator>,
+}
+
+impl Planned {
+    /// A step with problems: what it would emit as far as is known, a column of unknown type being of type Null.
+    /// The graph is refused, so it never runs.
+    pub fn broken(shape: StreamShape) -> Self {
+        Self { shape, operator: Box::new(Broken) }
+    }
+}
+
+/// Stands for an operator that could not be made.
+struct Broken;
+
+impl Operator for Broken {
+    fn process(&mut self, _input: usize, _batch: Batch, _out: &mut Output) -> Result<()> {
+        Err(Error::internal("a step with problems was started"))
+    }
 }
 
 /// A running operator. Called by one task.

@@ -135,6 +135,10 @@ pub trait Source: Send {
     /// start. Return only when the source really receives (an MQTT source after SUBACK): the engine then
     /// reports it healthy. Cancel safe: may be dropped at stop.
     async fn connect(&mut self, position: Option<&[u8]>) -> Result<Reader>;
+
+    /// Waits until what was acknowledged has left. Called once, at the stop, when the reader and the acknowledger of
+    /// the last connection are on their way out; the engine waits only a few seconds for it. Default: nothing to do.
+    async fn close(&mut self) {}
 }
 
 /// A live connection.

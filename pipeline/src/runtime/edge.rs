@@ -3,12 +3,11 @@
 use std::future::poll_fn;
 use std::task::Poll;
 
-use tokio::sync::mpsc;
-
+use super::queue::{Receiver, Sender, queue};
 use crate::batch::{Batch, Stage};
 
-/// Batches and signals that wait on one edge. Enough to keep both ends busy; more would only add delay
-/// and memory before back-pressure reaches the source.
+/// Batches and signals that wait on one edge, beside the queue's bound on rows. Enough to keep both ends busy; more
+/// would only add delay and memory before back-pressure reaches the source.
 const EDGE_MESSAGES_MAX: usize = 16;
 
 /// A checkpoint's mark in the stream.
@@ -35,11 +34,6 @@ pub(crate) enum Message {
     End,
 }
 
-/// A new edge.
-pub(crate) fn edge() -> (mpsc::Sender<Message>, mpsc::Receiver<Message>) {
-    mpsc::channel(EDGE_MESSAGES_MAX)
-}
-
 /// Which stages a consumer takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Takes {
@@ -64,12 +58,12 @@ impl Takes {
 /// The consumers of one producer. The slowest rules.
 #[derive(Default)]
 pub(crate) struct Outlet {
-    consumers: Vec<(mpsc::Sender<Message>, Takes)>,
+    consumers: Vec<(Sender<Message>, Takes)>,
 }
 
 impl Outlet {
-    pub(crate) fn add(&mut self, takes: Takes) -> mpsc::Receiver<Message> {
-        let (sender, receiver) = edge();
+    pub(crate) fn add(&mut self, takes: Takes) -> Receiver<Message> {
+        let (sender, receiver) = queue(EDGE_MESSAGES_MAX);
         self.consumers.push((sender, takes));
         receiver
     }
@@ -78,11 +72,12 @@ impl Outlet {
     /// Returns how many consumers refused the batch because of its stage.
     pub(crate) async fn send(&self, message: Message) -> u64 {
         let mut refused = 0;
+        let rows = if let Message::Batch(batch, _) = &message { batch.len() } else { 0 };
         for (sender, takes) in &self.consumers {
             match &message {
                 Message::Batch(batch, _) if !takes.takes(batch.stage()) => refused += 1,
                 message => {
-                    let _ = sender.send(message.clone()).await;
+                    let _ = sender.send(message.clone(), rows).await;
                 }
             }
         }
@@ -110,13 +105,13 @@ pub(crate) struct Inputs {
 }
 
 struct Input {
-    receiver: mpsc::Receiver<Message>,
+    receiver: Receiver<Message>,
     barrier: Option<Barrier>,
     ended: bool,
 }
 
 impl Inputs {
-    pub(crate) fn new(receivers: Vec<mpsc::Receiver<Message>>) -> Self {
+    pub(crate) fn new(receivers: Vec<Receiver<Message>>) -> Self {
         let list = receivers.into_iter().map(|receiver| Input { receiver, barrier: None, ended: false }).collect();
         Self { list, next: 0 }
     }

@@ -14,11 +14,12 @@ use tracing::warn;
 
 use super::coordinator::{Control, Report};
 use super::edge::{Barrier, Message, Outlet};
-use super::reader_task::Arrival;
+use super::queue::Receiver;
+use super::reader_task::{Arrival, Link};
 use crate::batch::{BATCH_ROWS_MAX, Batch, Stage, Times};
 use crate::error::{Error, Result};
 use crate::graph::{EventTime, errors_schema};
-use crate::plugin::{Acknowledger, Decoder, Record, RowError};
+use crate::plugin::{Decoder, Delivery, Record, RowError};
 use crate::state::{StateReader, StateWriter};
 use crate::status::{NodeState, NodeStatus};
 use crate::time::now_us;
@@ -32,7 +33,7 @@ const ERROR_LOG_EVERY: Duration = Duration::from_secs(10);
 pub(crate) struct IntakeTask {
     pub(crate) name: String,
     pub(crate) key: String,
-    pub(crate) arrivals: mpsc::Receiver<Arrival>,
+    pub(crate) arrivals: Receiver<Arrival>,
     pub(crate) control: mpsc::Receiver<Control>,
     pub(crate) reports: mpsc::Sender<Report>,
     pub(crate) decoder: Option<Box<dyn Decoder>>,
@@ -41,10 +42,11 @@ pub(crate) struct IntakeTask {
     pub(crate) status: Arc<NodeStatus>,
     pub(crate) clock: SourceClock,
     pub(crate) position: Option<Vec<u8>>,
-    pub(crate) acknowledger: Option<Box<dyn Acknowledger>>,
+    pub(crate) link: Option<Link>,
     pub(crate) error_batches: u64,
     pub(crate) batches: u64,
     pub(crate) error_log: Option<Instant>,
+    pub(crate) delivery: Delivery,
 }
 
 /// What goes on with the source.
@@ -89,10 +91,13 @@ impl IntakeTask {
 
     /// The last barrier: takes in what has arrived, then stops.
     async fn stop(&mut self, barrier: Barrier) {
-        // Closing first makes the connection's task stop; what it had handed over is still received.
+        // Closing first makes the connection's task stop; what it had handed over is still received, unless the
+        // next start reads it again from the position: a stop need not wait for that.
         self.arrivals.close();
         while let Some(arrival) = self.arrivals.recv().await {
-            self.arrival(arrival).await;
+            if self.delivery != Delivery::Replayable {
+                self.arrival(arrival).await;
+            }
         }
         self.barrier(barrier).await;
         self.rows.send(Message::End).await;
@@ -128,12 +133,12 @@ impl IntakeTask {
         while let Some(arrival) = next.take() {
             self.status.queue.store(self.arrivals.len() as u64, Relaxed);
             match arrival {
-                Arrival::Connected(acknowledger) => {
-                    self.acknowledger = acknowledger;
+                Arrival::Connected(link) => {
+                    self.link = link;
                     self.clock.set_connected(true);
                 }
                 Arrival::Disconnected => {
-                    self.acknowledger = None;
+                    self.link = None;
                     self.clock.set_connected(false);
                 }
                 Arrival::Unwanted => self.clock.set_unwanted(),
@@ -232,17 +237,19 @@ impl IntakeTask {
     }
 
     async fn acknowledge(&mut self, records: &[Record], accepted: bool) {
-        let Some(acknowledger) = self.acknowledger.as_mut() else { return };
+        let Some(link) = self.link.as_mut() else { return };
         let tokens: Vec<u64> = records.iter().map(|record| record.token).collect();
         let told = match accepted {
-            true => acknowledger.acknowledge(&tokens).await,
-            false => acknowledger.reject(&tokens).await,
+            true => link.acknowledger.acknowledge(&tokens).await,
+            false => link.acknowledger.reject(&tokens).await,
         };
         if let Err(error) = told {
-            // The reader meets the same broken connection and reconnects; what is not confirmed comes again.
+            // The reader may not notice by itself. What is not confirmed comes again on the next connection.
             self.status.errors.fetch_add(1, Relaxed);
             warn!(source = %self.name, "acknowledging failed: {error}");
-            self.acknowledger = None;
+            if let Some(link) = self.link.take() {
+                let _ = link.broken.send(());
+            }
         }
     }
 

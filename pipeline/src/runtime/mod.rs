@@ -16,17 +16,22 @@ mod edge;
 mod intake_task;
 mod outbox;
 mod pipeline_task;
+mod queue;
 mod reader_task;
 mod sink_task;
 mod store;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
+use futures::FutureExt;
+use futures::future::join_all;
 use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 use tokio::time::{Duration, MissedTickBehavior, interval, sleep, timeout};
 use tracing::{info, warn};
 
@@ -46,6 +51,7 @@ use edge::{Inputs, Message, Outlet, Takes};
 use intake_task::{IntakeTask, SourceClock};
 use outbox::{DeliveryTask, Outbox};
 use pipeline_task::{PipelineTask, Port};
+use queue::{Receiver, queue};
 use reader_task::{ARRIVALS_MAX, ReaderTask};
 use sink_task::{Running, SinkTask};
 use store::{Checkpoint, Store};
@@ -55,6 +61,9 @@ const DEMAND_EVERY: Duration = Duration::from_secs(1);
 
 /// At a stop, live clients may say good-bye for this long.
 const CLIENTS_WITHIN: Duration = Duration::from_secs(5);
+
+/// At a stop, acknowledgements may be on their way to their senders for this long; what has none comes again.
+const SOURCES_WITHIN: Duration = Duration::from_secs(5);
 
 /// Reports and controls that wait; every node sends at most two a checkpoint.
 const SIGNALS_MAX: usize = 1024;
@@ -167,7 +176,7 @@ impl Starter {
         api::mount(&self.routes, &self.live, &self.history, summary, &self.options.pages);
         let server = server::start(self.listener, self.routes);
         tokio::spawn(wanted.watch(Arc::clone(&self.live)));
-        let (controls, commits, fingerprints) = nodes.start(&self.operators, drain);
+        let (controls, commits, fingerprints, readers) = nodes.start(&self.operators, drain);
         let coordinator = Coordinator {
             store: self.store,
             every: *self.graph.checkpoint_every,
@@ -179,6 +188,7 @@ impl Starter {
             ended: BTreeSet::new(),
         };
         let stopped = coordinator.run(stop, drain).await?;
+        let _ = timeout(SOURCES_WITHIN, join_all(readers)).await;
         server.stop().await;
         let closed = async {
             while self.status.connections.totals().active_connections > 0 {
@@ -264,6 +274,7 @@ impl Starter {
         let receivers = sink.producers.iter().map(|producer| nodes.outlets.add(*producer, takes)).collect();
         let inputs = sink.inputs.len();
         let tail = |input| self.tails.get(&(index, input)).cloned().unwrap_or_default();
+        let sink_inputs = sink.inputs.clone();
         let built = sink.config.build(SinkContext {
             name: sink.name.clone(),
             inputs: sink.inputs,
@@ -281,7 +292,7 @@ impl Starter {
                 Running::Staging(staging)
             }
             Sink::Outbox(outbox_sink, limits) => {
-                let outbox = Arc::new(Outbox::new(limits, inputs));
+                let outbox = Arc::new(Outbox::new(limits, sink_inputs));
                 if let Some(state) = state {
                     outbox.restore(state).map_err(|e| e.context(&key))?;
                 }
@@ -320,7 +331,7 @@ impl Starter {
         nodes.fingerprints.insert(key.clone(), source.fingerprint);
         let (control, control_receiver) = mpsc::channel(4);
         nodes.controls.push(control);
-        let (arrival_sender, arrivals) = mpsc::channel(ARRIVALS_MAX);
+        let (arrival_sender, arrivals) = queue(ARRIVALS_MAX);
         let built = source.config.build(SourceContext {
             name: source.name.clone(),
             folder: self.graph.folder.clone(),
@@ -340,10 +351,11 @@ impl Starter {
             status: Arc::clone(&status),
             clock: SourceClock::new(source.event_time),
             position: None,
-            acknowledger: None,
+            link: None,
             error_batches: 0,
             batches: 0,
             error_log: None,
+            delivery: source.shape.delivery,
         };
         let position = match self.restored(&intake.key, source.fingerprint) {
             Some(state) => intake.restore(state).map_err(|e| e.context(format!("source {}", source.name)))?,
@@ -375,7 +387,8 @@ struct Nodes {
     deliveries: Vec<DeliveryTask>,
 }
 
-type Signals = (Vec<mpsc::Sender<Control>>, HashMap<String, mpsc::Sender<u64>>, BTreeMap<String, u64>);
+type Signals =
+    (Vec<mpsc::Sender<Control>>, HashMap<String, mpsc::Sender<u64>>, BTreeMap<String, u64>, Vec<JoinHandle<()>>);
 
 impl Nodes {
     fn new(reporter: mpsc::Sender<Report>) -> Self {
@@ -395,23 +408,34 @@ impl Nodes {
     /// Spawns everything, consumers first.
     fn start(self, operators: &Handle, drain: bool) -> Signals {
         for task in self.deliveries {
-            tokio::spawn(task.run());
+            let key = format!("sink/{}", task.name);
+            tokio::spawn(watched(key, self.reporter.clone(), task.run()));
         }
         for task in self.sinks {
-            tokio::spawn(task.run());
+            tokio::spawn(watched(task.key.clone(), self.reporter.clone(), task.run()));
         }
         for task in self.pipelines {
-            operators.spawn(task.run());
+            operators.spawn(watched(task.key.clone(), self.reporter.clone(), task.run()));
         }
+        let mut readers = Vec::new();
         for (intake, reader) in self.sources {
-            operators.spawn(intake.run());
+            let key = intake.key.clone();
+            operators.spawn(watched(key.clone(), self.reporter.clone(), intake.run()));
             if drain {
                 reader.status.set_state(NodeState::Ended);
             } else {
-                tokio::spawn(reader.run());
+                readers.push(tokio::spawn(watched(key, self.reporter.clone(), reader.run())));
             }
         }
-        (self.controls, self.commits, self.fingerprints)
+        (self.controls, self.commits, self.fingerprints, readers)
+    }
+}
+
+/// Runs a node's task; a panic in it ends the run with an error, instead of leaving a graph that waits for it.
+async fn watched(key: String, reporter: mpsc::Sender<Report>, task: impl Future<Output = ()> + Send) {
+    if let Err(panic) = AssertUnwindSafe(task).catch_unwind().await {
+        let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+        let _ = reporter.send(Report::Died(key, text.unwrap_or("panic").to_owned())).await;
     }
 }
 
@@ -422,7 +446,7 @@ struct Outlets {
 }
 
 impl Outlets {
-    fn add(&mut self, producer: Producer, takes: Takes) -> mpsc::Receiver<Message> {
+    fn add(&mut self, producer: Producer, takes: Takes) -> Receiver<Message> {
         self.of.entry(producer).or_default().add(takes)
     }
 

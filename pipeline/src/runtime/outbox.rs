@@ -13,7 +13,7 @@ use tracing::warn;
 
 use super::back_off::BackOff;
 use crate::error::{Error, Result, Retry};
-use crate::plugin::{BatchLimits, OutboxSink};
+use crate::plugin::{BatchLimits, OutboxSink, SinkInput};
 use crate::state::{StateReader, StateWriter};
 use crate::status::{NodeState, NodeStatus, lock};
 use crate::time::now_us;
@@ -34,6 +34,7 @@ pub(crate) struct Outbox {
 }
 
 struct Inner {
+    inputs: Vec<SinkInput>,
     waiting: Vec<Waiting>,
     in_flight: Option<Delivery>,
     next_id: u64,
@@ -58,13 +59,13 @@ struct Delivery {
 }
 
 impl Outbox {
-    pub(crate) fn new(limits: BatchLimits, inputs: usize) -> Self {
-        let waiting = (0..inputs).map(|_| Waiting::default()).collect();
+    pub(crate) fn new(limits: BatchLimits, inputs: Vec<SinkInput>) -> Self {
+        let waiting = inputs.iter().map(|_| Waiting::default()).collect();
         // Ids grow through restarts, so that a sink that remembers the last one never takes a new delivery for a repeated one.
         let next_id = u64::try_from(now_us()).unwrap_or(1);
         Self {
             limits,
-            inner: Mutex::new(Inner { waiting, in_flight: None, next_id, bytes: 0, draining: false }),
+            inner: Mutex::new(Inner { inputs, waiting, in_flight: None, next_id, bytes: 0, draining: false }),
             changed: Notify::new(),
             room: Notify::new(),
             empty: Notify::new(),
@@ -107,12 +108,13 @@ impl Outbox {
         let inner = lock(&self.inner);
         state.bool(inner.in_flight.is_some());
         if let Some(delivery) = &inner.in_flight {
-            state.u64(delivery.input as u64);
+            state.str(&inner.inputs[delivery.input].metric);
             state.u64(delivery.id);
             state.batches(std::slice::from_ref(&delivery.rows))?;
         }
         state.u64(inner.waiting.len() as u64);
-        for waiting in &inner.waiting {
+        for (input, waiting) in inner.inputs.iter().zip(&inner.waiting) {
+            state.str(&input.metric);
             let batches: Vec<RecordBatch> = waiting.batches.iter().cloned().collect();
             state.batches(&batches)?;
         }
@@ -123,16 +125,20 @@ impl Outbox {
         let mut state = StateReader::new(state);
         let mut inner = lock(&self.inner);
         if state.bool()? {
-            let input = usize::try_from(state.u64()?).unwrap_or(usize::MAX);
+            let metric = state.str()?;
             let id = state.u64()?;
             inner.next_id = inner.next_id.max(id + 1);
-            if let Some(rows) = state.batches()?.into_iter().next().filter(|_| input < inner.waiting.len()) {
-                inner.in_flight = Some(Delivery { input, id, rows });
+            for rows in state.batches()? {
+                if let Some(input) = inner.input_of(metric, &rows) {
+                    inner.bytes += size(&rows);
+                    inner.in_flight = Some(Delivery { input, id, rows });
+                }
             }
         }
-        for input in 0..state.count()? {
+        for _ in 0..state.count()? {
+            let metric = state.str()?;
             for rows in state.batches()? {
-                if input < inner.waiting.len() {
+                if let Some(input) = inner.input_of(metric, &rows) {
                     inner.add(input, rows);
                 }
             }
@@ -194,6 +200,18 @@ impl Outbox {
 }
 
 impl Inner {
+    /// The input that takes rows of an earlier run: the same metric with the same columns.
+    fn input_of(&self, metric: &str, rows: &RecordBatch) -> Option<usize> {
+        let same =
+            |input: &SinkInput| input.metric == metric && input.shape.schema.fields() == rows.schema_ref().fields();
+        let found = self.inputs.iter().position(same);
+        if found.is_none() {
+            let count = rows.num_rows();
+            warn!("`{metric}` has other columns now or goes elsewhere: {count} rows that waited for delivery are lost");
+        }
+        found
+    }
+
     fn add(&mut self, input: usize, rows: RecordBatch) {
         self.bytes += size(&rows);
         let waiting = &mut self.waiting[input];

@@ -157,20 +157,20 @@ impl PipelineTask {
     fn port_idle(&mut self, port: usize, time_us: i64) -> Result<Vec<Message>> {
         self.ports[port].idle_us = Some(time_us);
         let mut messages = self.advance()?;
-        if self.from_ports().all(|port| port.idle_us.is_some()) {
+        if self.main_ports().all(|port| port.idle_us.is_some()) {
             messages.push(Message::Idle(self.forwarded_us));
         }
         Ok(messages)
     }
 
-    fn from_ports(&self) -> impl Iterator<Item = &Port> {
+    fn main_ports(&self) -> impl Iterator<Item = &Port> {
         self.ports.iter().filter(|port| port.input == 0)
     }
 
     /// The minimum over the inputs that are not idle; if all are idle, time goes on by itself.
     fn advance(&mut self) -> Result<Vec<Message>> {
-        let active = self.from_ports().filter(|port| port.idle_us.is_none()).map(|port| port.watermark_us).min();
-        let idle = || self.from_ports().map(|port| port.idle_us.unwrap_or(i64::MIN).max(port.watermark_us)).min();
+        let active = self.main_ports().filter(|port| port.idle_us.is_none()).map(|port| port.watermark_us).min();
+        let idle = || self.main_ports().map(|port| port.idle_us.unwrap_or(i64::MIN).max(port.watermark_us)).min();
         let Some(time_us) = active.or_else(idle).filter(|time| *time > self.watermark_us) else {
             return Ok(Vec::new());
         };

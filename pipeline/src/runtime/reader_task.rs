@@ -4,17 +4,18 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
 
 use super::back_off::BackOff;
+use super::queue::Sender;
 use crate::error::{Error, Retry};
 use crate::plugin::{Acknowledger, PullReader, Pulled, PushReader, Reader, Record, Schedule, Source};
 use crate::status::{NodeState, NodeStatus};
 
-/// Arrivals that wait between the connection and the graph. With the records that an arrival may hold this is
-/// the bound of what is received but not yet taken in; beyond it the source is not polled.
+/// Arrivals that wait between the connection and the graph, beside the queue's bound on rows: what is received but
+/// not yet taken in. Beyond it the source is not polled.
 pub(crate) const ARRIVALS_MAX: usize = 32;
 
 /// A connection that lived this long was a good one: the next failure starts with the shortest wait again.
@@ -23,7 +24,7 @@ const GOOD_CONNECTION: Duration = Duration::from_secs(5);
 /// What the connection hands to the graph.
 pub(crate) enum Arrival {
     /// A new connection; acknowledgements go here from now on.
-    Connected(Option<Box<dyn Acknowledger>>),
+    Connected(Option<Link>),
     /// The connection is lost.
     Disconnected,
     /// Rows of a pull source.
@@ -36,11 +37,18 @@ pub(crate) enum Arrival {
     Ended,
 }
 
+/// The engine's way back to the sender of records.
+pub(crate) struct Link {
+    pub(crate) acknowledger: Box<dyn Acknowledger>,
+    /// Tells the reader that the connection is of no use any more: acknowledging failed.
+    pub(crate) broken: oneshot::Sender<()>,
+}
+
 pub(crate) struct ReaderTask {
     pub(crate) source: Box<dyn Source>,
     pub(crate) schedule: Schedule,
     pub(crate) position: Option<Vec<u8>>,
-    pub(crate) arrivals: mpsc::Sender<Arrival>,
+    pub(crate) arrivals: Sender<Arrival>,
     pub(crate) wanted: watch::Receiver<bool>,
     pub(crate) status: Arc<NodeStatus>,
 }
@@ -62,6 +70,7 @@ impl ReaderTask {
             () = arrivals.closed() => {}
             () = self.connect_and_read() => {}
         }
+        self.source.close().await;
     }
 
     async fn connect_and_read(&mut self) {
@@ -76,14 +85,14 @@ impl ReaderTask {
                         Stop::Closed => return,
                         Stop::End => {
                             self.status.set_state(NodeState::Ended);
-                            let _ = self.arrivals.send(Arrival::Ended).await;
+                            let _ = self.arrivals.send(Arrival::Ended, 0).await;
                             return;
                         }
                         Stop::Error(error) => {
                             if since.elapsed() > GOOD_CONNECTION {
                                 back_off.reset();
                             }
-                            let _ = self.arrivals.send(Arrival::Disconnected).await;
+                            let _ = self.arrivals.send(Arrival::Disconnected, 0).await;
                             error
                         }
                     }
@@ -94,7 +103,7 @@ impl ReaderTask {
             if error.retry == Retry::Never {
                 tracing::error!(source = %self.status.name, "{error}");
                 self.status.set_state(NodeState::Failed(error.to_string()));
-                let _ = self.arrivals.send(Arrival::Ended).await;
+                let _ = self.arrivals.send(Arrival::Ended, 0).await;
                 return;
             }
             let wait = back_off.wait();
@@ -107,13 +116,18 @@ impl ReaderTask {
     async fn read(&mut self, reader: Reader) -> Stop {
         match reader {
             Reader::Push(reader, acknowledger) => {
-                if self.arrivals.send(Arrival::Connected(Some(acknowledger))).await.is_err() {
+                let (broken, is_broken) = oneshot::channel();
+                let link = Link { acknowledger, broken };
+                if self.arrivals.send(Arrival::Connected(Some(link)), 0).await.is_err() {
                     return Stop::Closed;
                 }
-                self.push(reader).await
+                tokio::select! {
+                    stop = self.push(reader) => stop,
+                    Ok(()) = is_broken => Stop::Error(Error::outside("what was received could not be acknowledged")),
+                }
             }
             Reader::Pull(reader) => {
-                if self.arrivals.send(Arrival::Connected(None)).await.is_err() {
+                if self.arrivals.send(Arrival::Connected(None), 0).await.is_err() {
                     return Stop::Closed;
                 }
                 self.pull(reader).await
@@ -126,7 +140,8 @@ impl ReaderTask {
             match reader.next().await {
                 Ok(records) => {
                     self.status.polls.fetch_add(1, Relaxed);
-                    if self.arrivals.send(Arrival::Records(records)).await.is_err() {
+                    let rows = records.len();
+                    if self.arrivals.send(Arrival::Records(records), rows).await.is_err() {
                         return Stop::Closed;
                     }
                 }
@@ -139,7 +154,7 @@ impl ReaderTask {
         let mut due = Instant::now();
         loop {
             if !*self.wanted.borrow_and_update() {
-                if self.arrivals.send(Arrival::Unwanted).await.is_err() {
+                if self.arrivals.send(Arrival::Unwanted, 0).await.is_err() {
                     return Stop::Closed;
                 }
                 if self.wanted.wait_for(|wanted| *wanted).await.is_err() {
@@ -168,7 +183,8 @@ impl ReaderTask {
                 due = Instant::now();
             }
             self.position = Some(pulled.position.clone());
-            if self.arrivals.send(Arrival::Rows(pulled)).await.is_err() {
+            let rows = pulled.rows.num_rows() + pulled.errors.len();
+            if self.arrivals.send(Arrival::Rows(pulled), rows).await.is_err() {
                 return Stop::Closed;
             }
         }

@@ -480,6 +480,10 @@ impl Source for MqttSource {
         self.last_task = Some(task);
         Ok(reader)
     }
+
+    async fn close(&mut self) {
+        self.end_last_connection().await;
+    }
 }
 
 /// Asks for the change and waits until the broker has confirmed all of it. Returns what arrived meanwhile.

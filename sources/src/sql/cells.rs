@@ -118,7 +118,7 @@ pub(super) fn to_json(cell: &Cell<'_>) -> String {
     match cell {
         Cell::Null => "null".into(),
         Cell::Float(value) if !value.is_finite() => "null".into(),
-        Cell::Bool(_) | Cell::Int(_) | Cell::Float(_) => cell.to_string(),
+        Cell::Bool(_) | Cell::Int(_) | Cell::Float(_) | Cell::Number(_) => cell.to_string(),
         Cell::Text(text) => json_string(text),
         Cell::Json(text) => text.to_string(),
         Cell::Untyped(text) => (*text).to_owned(),
