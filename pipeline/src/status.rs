@@ -143,13 +143,20 @@ pub struct Status {
     /// Start of the process, microseconds since 1970 UTC.
     pub started_us: i64,
     nodes: RwLock<Vec<Arc<NodeStatus>>>,
+    /// Why the last checkpoint was not written.
+    checkpoint_failure: Mutex<Option<String>>,
     /// Live connections.
     pub connections: Connections,
 }
 
 impl Default for Status {
     fn default() -> Self {
-        Self { started_us: now_us(), nodes: RwLock::default(), connections: Connections::default() }
+        Self {
+            started_us: now_us(),
+            nodes: RwLock::default(),
+            checkpoint_failure: Mutex::default(),
+            connections: Connections::default(),
+        }
     }
 }
 
@@ -159,6 +166,16 @@ impl Status {
         let node = Arc::new(NodeStatus::new(kind, name, type_name));
         self.nodes.write().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&node));
         node
+    }
+
+    /// Notes why the last checkpoint was not written, or that it was. Returns what was known before.
+    pub fn set_checkpoint_failure(&self, failure: Option<String>) -> Option<String> {
+        std::mem::replace(&mut lock(&self.checkpoint_failure), failure)
+    }
+
+    /// Why the last checkpoint was not written, if it was not.
+    pub fn checkpoint_failure(&self) -> Option<String> {
+        lock(&self.checkpoint_failure).clone()
     }
 
     /// All nodes, in the order of the graph.

@@ -140,13 +140,14 @@ impl Handler for Api {
 
 impl Api {
     fn is_healthy(&self) -> bool {
-        self.live.status.nodes().iter().all(|node| node.state().reason().is_none())
+        let status = &self.live.status;
+        status.checkpoint_failure().is_none() && status.nodes().iter().all(|node| node.state().reason().is_none())
     }
 
     /// Always 200 while the process answers: a broker that is away is no reason to restart the process.
     fn health(&self) -> Value {
         let nodes = self.live.status.nodes();
-        let reasons: Vec<Value> = nodes
+        let mut reasons: Vec<Value> = nodes
             .iter()
             .filter_map(|node| {
                 let state = node.state();
@@ -155,6 +156,9 @@ impl Api {
                 Some(json!({"node": name, "state": state.as_str(), "reason": reason}))
             })
             .collect();
+        if let Some(reason) = self.live.status.checkpoint_failure() {
+            reasons.push(json!({"node": "checkpoint", "state": "retrying", "reason": reason}));
+        }
         let mut health = json!({
             "status": if reasons.is_empty() { "healthy" } else { "degraded" },
             "version": env!("CARGO_PKG_VERSION"),

@@ -1,6 +1,7 @@
 //! Checkpoints and the stop: who is told what, in which order.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -10,6 +11,7 @@ use tracing::{info, warn};
 use super::edge::Barrier;
 use super::store::{Checkpoint, Store};
 use crate::error::{Error, Result, Retry};
+use crate::status::Status;
 
 /// A stop takes at most this long; then the process ends without a last checkpoint.
 const STOP_DEADLINE: Duration = Duration::from_secs(20);
@@ -47,6 +49,7 @@ pub enum Stopped {
 
 pub(crate) struct Coordinator {
     pub(crate) store: Store,
+    pub(crate) status: Arc<Status>,
     pub(crate) every: Duration,
     /// Number of the next checkpoint.
     pub(crate) next: u64,
@@ -108,11 +111,21 @@ impl Coordinator {
                     };
                     match finished {
                         Err(error) if error.retry == Retry::Never => return Err(error),
-                        Err(error) => warn!("{error}; the next checkpoint tries again"),
-                        Ok(()) => {}
+                        Err(error) => self.tell(Some(error.to_string())),
+                        Ok(()) => self.tell(None),
                     }
                 }
             }
+        }
+    }
+
+    /// What has become of a checkpoint, for `/health`; logged when it changes.
+    fn tell(&self, failure: Option<String>) {
+        let before = self.status.set_checkpoint_failure(failure.clone());
+        match failure {
+            Some(error) if before.is_none() => warn!("{error}; the next checkpoint tries again"),
+            None if before.is_some() => info!("checkpoints are written again"),
+            _ => {}
         }
     }
 

@@ -179,6 +179,7 @@ impl Starter {
         let (controls, commits, fingerprints, readers) = nodes.start(&self.operators, drain);
         let coordinator = Coordinator {
             store: self.store,
+            status: Arc::clone(&self.status),
             every: *self.graph.checkpoint_every,
             next,
             controls,

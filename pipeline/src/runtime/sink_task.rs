@@ -108,7 +108,10 @@ impl SinkTask {
         };
         if let (Running::Staging(_), Err(error)) = (&self.sink, &prepared) {
             self.status.errors.fetch_add(1, Relaxed);
-            warn!(sink = %self.name, "checkpoint {}: {error}; the rows are kept for the next one", barrier.checkpoint);
+            // While a disk is full, every checkpoint fails in the same way: once is enough.
+            if !matches!(self.status.state(), NodeState::Retrying(_)) {
+                warn!(sink = %self.name, "checkpoint {}: {error}; the rows are kept for the next one", barrier.checkpoint);
+            }
             self.status.set_state(NodeState::Retrying(error.to_string()));
         } else if let Running::Staging(_) = &self.sink {
             self.healthy_again();

@@ -15,6 +15,8 @@ use crate::state::{StateReader, StateWriter};
 
 const MAGIC: &[u8; 8] = b"TAILWCK1";
 const SUFFIX: &str = ".checkpoint";
+/// Extension of a checkpoint that is being written.
+const DRAFT: &str = "draft";
 /// Checkpoints kept: the newest, and two to fall back to.
 const KEPT: usize = 3;
 
@@ -40,7 +42,10 @@ impl Store {
         fs::create_dir_all(dir).map_err(failed)?;
         let lock = File::create(dir.join("lock")).map_err(failed)?;
         match lock.try_lock() {
-            Ok(()) => Ok(Self { dir: dir.to_owned(), _lock: lock }),
+            Ok(()) => {
+                remove_drafts(dir).map_err(failed)?;
+                Ok(Self { dir: dir.to_owned(), _lock: lock })
+            }
             Err(TryLockError::WouldBlock) => Err(Error::outside(format!(
                 "another process runs on the state folder `{}`; stop it, or give this one its own `checkpoint: {{dir: …}}`",
                 dir.display()
@@ -65,9 +70,12 @@ impl Store {
     pub(crate) fn write(&self, checkpoint: &Checkpoint) -> Result<()> {
         let failed = |e: std::io::Error| Error::outside(format!("checkpoint in `{}`", self.dir.display())).because(e);
         let path = self.dir.join(format!("{:020}{SUFFIX}", checkpoint.number));
-        let draft = path.with_extension("draft");
-        let mut file = File::create(&draft).map_err(failed)?;
-        file.write_all(&encode(checkpoint)).and_then(|()| file.sync_all()).map_err(failed)?;
+        let draft = path.with_extension(DRAFT);
+        if let Err(error) = write_and_sync(&draft, &encode(checkpoint)) {
+            // On a full disk it would only take room: the next checkpoint has another name.
+            let _ = fs::remove_file(&draft);
+            return Err(failed(error));
+        }
         fs::rename(&draft, &path).map_err(failed)?;
         File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
         let list = self.list()?;
@@ -99,6 +107,23 @@ impl Store {
         list.sort();
         Ok(list)
     }
+}
+
+/// Removes what a process that was killed had begun to write.
+fn remove_drafts(dir: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == DRAFT) {
+            fs::remove_file(&path)?;
+        }
+    }
+    Ok(())
+}
+
+fn write_and_sync(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut file = File::create(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
 }
 
 fn encode(checkpoint: &Checkpoint) -> Vec<u8> {
