@@ -8,6 +8,7 @@ mod command_line;
 mod dashboard;
 mod default_graph;
 mod examples;
+mod failures;
 mod http;
 mod live;
 mod mqtt;

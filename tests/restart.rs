@@ -5,6 +5,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
+use super::support::mosquitto::Mosquitto;
 use super::support::program::{self, BINARY, Program, request};
 use super::support::{Process, Scratch, free_port, wait_for};
 
@@ -314,6 +315,34 @@ fn a_file_that_was_half_read_is_read_on() {
     assert_eq!(rows(folder.path(), "every", "device, value, at"), all);
     let columns = "window_start, device, n, total, rows, stage, revision";
     assert_eq!(rows(folder.path(), "tumbling", columns), rows(whole.path(), "tumbling", columns));
+}
+
+#[test]
+fn what_a_broker_kept_during_a_stop_goes_into_the_windows_that_were_open() {
+    let broker = Mosquitto::start();
+    let yaml = ONE
+        .replace("type: http", "type: mqtt")
+        .replace("path: /readings", &format!("url: mqtt://127.0.0.1:{}\n    topics: [readings]", broker.port));
+    let publish = |seconds: std::ops::Range<u32>| {
+        let lines: Vec<String> = seconds.map(|second| reading("a", 1, second)).collect();
+        broker.publish("readings", 1, &lines.iter().map(|line| line.trim_end()).collect::<Vec<_>>());
+    };
+    let taken = |program: &Program, rows: u64| {
+        wait_for("rows", || (program.pipeline("kept")["rows_in"] == rows).then_some(()));
+    };
+    let program = Program::start(&yaml);
+    program.wait_healthy();
+    publish(0..15);
+    taken(&program, 15);
+    let folder = program.stop();
+    publish(15..25);
+    let program = Program::start_in(folder, free_port(), &yaml);
+    taken(&program, 10);
+    publish(25..40);
+    taken(&program, 25);
+    let folder = program.stop();
+    drain(folder.path());
+    assert_eq!(rows(folder.path(), "kept", "total, rows, stage"), vec!["10,10,final"; 4]);
 }
 
 #[test]

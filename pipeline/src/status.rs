@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use serde::Serialize;
@@ -137,6 +137,17 @@ impl NodeStatus {
     }
 }
 
+/// Something that is not healthy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Reason {
+    /// The node, such as `source devices`; `checkpoint` for the checkpoints.
+    pub node: String,
+    /// The word for its state.
+    pub state: &'static str,
+    /// What is wrong.
+    pub reason: String,
+}
+
 /// All nodes and connections of this process.
 #[derive(Debug)]
 pub struct Status {
@@ -145,6 +156,7 @@ pub struct Status {
     nodes: RwLock<Vec<Arc<NodeStatus>>>,
     /// Why the last checkpoint was not written.
     checkpoint_failure: Mutex<Option<String>>,
+    was_healthy: AtomicBool,
     /// Live connections.
     pub connections: Connections,
 }
@@ -155,6 +167,7 @@ impl Default for Status {
             started_us: now_us(),
             nodes: RwLock::default(),
             checkpoint_failure: Mutex::default(),
+            was_healthy: AtomicBool::new(false),
             connections: Connections::default(),
         }
     }
@@ -173,9 +186,28 @@ impl Status {
         std::mem::replace(&mut lock(&self.checkpoint_failure), failure)
     }
 
-    /// Why the last checkpoint was not written, if it was not.
-    pub fn checkpoint_failure(&self) -> Option<String> {
-        lock(&self.checkpoint_failure).clone()
+    /// Why it is not healthy. Nothing if every node is connected and works and the last checkpoint was written; that it
+    /// was so once is remembered.
+    pub fn reasons(&self) -> Vec<Reason> {
+        let of_node = |node: &Arc<NodeStatus>| {
+            let state = node.state();
+            let reason = state.reason()?.to_owned();
+            Some(Reason { node: format!("{} {}", node.kind.as_str(), node.name), state: state.as_str(), reason })
+        };
+        let of_checkpoint = |reason| Reason {
+            node: "checkpoint".to_owned(),
+            state: NodeState::Retrying(String::new()).as_str(),
+            reason,
+        };
+        let mut reasons: Vec<Reason> = self.nodes().iter().filter_map(of_node).collect();
+        reasons.extend(lock(&self.checkpoint_failure).clone().map(of_checkpoint));
+        self.was_healthy.fetch_or(reasons.is_empty(), Relaxed);
+        reasons
+    }
+
+    /// Whether [`Self::reasons`] was empty at least once. It is asked with every checkpoint, and for `/health`.
+    pub fn was_healthy(&self) -> bool {
+        self.was_healthy.load(Relaxed)
     }
 
     /// All nodes, in the order of the graph.

@@ -1,6 +1,7 @@
 //! What all tests of the whole program share: scratch folders, free ports, servers, the built binary.
 
 pub mod databases;
+pub mod disk;
 pub mod http;
 pub mod json_schema;
 pub mod mosquitto;

@@ -59,6 +59,16 @@ impl Mosquitto {
         process.wait();
     }
 
+    /// Has it write its sessions to the disk, and waits until a message with `payload` is among them.
+    pub fn save(&self, payload: &str) {
+        self.process.as_ref().expect("a running broker").signal("USR1");
+        let saved = self.folder().join("mosquitto.db");
+        wait_for("the broker to have saved a message", || {
+            let bytes = std::fs::read(&saved).ok()?;
+            bytes.windows(payload.len()).any(|part| part == payload.as_bytes()).then_some(())
+        });
+    }
+
     /// Where its configuration and its sessions lie.
     pub fn folder(&self) -> &Path {
         self.folder.path()

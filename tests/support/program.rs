@@ -78,6 +78,11 @@ impl Program {
         self.node("pipelines", name)
     }
 
+    /// The status of a sink: its state and its counters.
+    pub fn sink(&self, name: &str) -> Value {
+        self.node("sinks", name)
+    }
+
     fn node(&self, kind: &str, name: &str) -> Value {
         let graph = self.get("/api/v1/pipelines");
         let node = graph[kind].as_array().expect(kind).iter().find(|node| node["name"] == name);
@@ -87,7 +92,8 @@ impl Program {
     /// What `/health` says is wrong, by node.
     pub fn reasons(&self) -> BTreeMap<String, String> {
         let health = self.get("/health");
-        let reasons: BTreeMap<String, String> = health["reasons"].as_array().into_iter().flatten().map(reason).collect();
+        let reasons: BTreeMap<String, String> =
+            health["reasons"].as_array().into_iter().flatten().map(reason).collect();
         assert_eq!(reasons.is_empty(), health["status"] == "healthy", "{health}");
         reasons
     }

@@ -212,7 +212,7 @@ impl<'a> Builder<'a> {
             };
             let (event, span) = self.next()?;
             let node = self.node(event, &span, depth + 1)?;
-            if node.is_null() && name.ends_with(')') && !name.contains('(') {
+            if node.is_null() && (name.contains(' ') || name.ends_with(')') && !name.contains('(')) {
                 let mut problem = syntax(position, format!("`{name}` is no key: in `{{…}}` a comma ends a text"));
                 problem.hint = Some("put a text with a comma in quotes: `p99: \"percentile(x, 0.99)\"`".to_owned());
                 self.problems.push(*problem);

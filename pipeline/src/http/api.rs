@@ -2,7 +2,6 @@
 
 use std::fmt::Write;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 
 use async_trait::async_trait;
@@ -77,7 +76,7 @@ pub fn mount(
 ) {
     let api = |what: What| -> Arc<dyn Handler> { Arc::new(Api { live: Arc::clone(live), what }) };
     routes.mount("GET", "/health", api(What::Health));
-    routes.mount("GET", "/ready", api(What::Ready(AtomicBool::new(false))));
+    routes.mount("GET", "/ready", api(What::Ready));
     routes.mount("GET", "/metrics", api(What::Prometheus));
     routes.mount("GET", "/api/v1/pipelines", api(What::Pipelines(summary)));
     routes.mount("GET", METRICS_PATH, api(What::Latest));
@@ -112,8 +111,7 @@ struct Api {
 
 enum What {
     Health,
-    /// Whether it was healthy once.
-    Ready(AtomicBool),
+    Ready,
     Prometheus,
     Pipelines(Summary),
     Latest,
@@ -126,7 +124,7 @@ impl Handler for Api {
     async fn handle(&self, request: Request) -> Response {
         match &self.what {
             What::Health => respond::json(StatusCode::OK, &self.health()),
-            What::Ready(was) => self.ready(was),
+            What::Ready => self.ready(),
             What::Prometheus => {
                 respond::answer(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", prometheus(&self.live))
             }
@@ -139,41 +137,23 @@ impl Handler for Api {
 }
 
 impl Api {
-    fn is_healthy(&self) -> bool {
-        let status = &self.live.status;
-        status.checkpoint_failure().is_none() && status.nodes().iter().all(|node| node.state().reason().is_none())
-    }
-
     /// Always 200 while the process answers: a broker that is away is no reason to restart the process.
     fn health(&self) -> Value {
-        let nodes = self.live.status.nodes();
-        let mut reasons: Vec<Value> = nodes
-            .iter()
-            .filter_map(|node| {
-                let state = node.state();
-                let reason = state.reason()?;
-                let name = format!("{} {}", node.kind.as_str(), node.name);
-                Some(json!({"node": name, "state": state.as_str(), "reason": reason}))
-            })
-            .collect();
-        if let Some(reason) = self.live.status.checkpoint_failure() {
-            reasons.push(json!({"node": "checkpoint", "state": "retrying", "reason": reason}));
-        }
+        let reasons = self.live.status.reasons();
         let mut health = json!({
             "status": if reasons.is_empty() { "healthy" } else { "degraded" },
             "version": env!("CARGO_PKG_VERSION"),
             "uptime_seconds": (now_us() - self.live.status.started_us) / 1_000_000,
-            "nodes": nodes.len(),
+            "nodes": self.live.status.nodes().len(),
         });
         if !reasons.is_empty() {
-            health["reasons"] = Value::Array(reasons);
+            health["reasons"] = json!(reasons);
         }
         health
     }
 
-    fn ready(&self, was: &AtomicBool) -> Response {
-        if was.load(Relaxed) || self.is_healthy() {
-            was.store(true, Relaxed);
+    fn ready(&self) -> Response {
+        if self.live.status.reasons().is_empty() || self.live.status.was_healthy() {
             return respond::json(StatusCode::OK, &json!({"status": "ready"}));
         }
         let mut response = respond::json(StatusCode::SERVICE_UNAVAILABLE, &self.health());

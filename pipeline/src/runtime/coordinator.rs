@@ -122,6 +122,8 @@ impl Coordinator {
     /// What has become of a checkpoint, for `/health`; logged when it changes.
     fn tell(&self, failure: Option<String>) {
         let before = self.status.set_checkpoint_failure(failure.clone());
+        // `/ready` must know of it even if nobody asked meanwhile.
+        let _ = self.status.reasons();
         match failure {
             Some(error) if before.is_none() => warn!("{error}; the next checkpoint tries again"),
             None if before.is_some() => info!("checkpoints are written again"),
