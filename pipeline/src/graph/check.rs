@@ -268,8 +268,12 @@ impl<'a> Checker<'a> {
 
     fn sink_indices(&self, entry: &PipelineEntry) -> Vec<usize> {
         let position = |name: &At<String>| self.file.sinks.iter().position(|sink| sink.name.value == name.value);
-        let mut indices: Vec<usize> = entry.config.to.0.iter().filter_map(position).collect();
-        indices.dedup();
+        let mut indices: Vec<usize> = Vec::new();
+        for index in entry.config.to.0.iter().filter_map(position) {
+            if !indices.contains(&index) {
+                indices.push(index);
+            }
+        }
         indices
     }
 
