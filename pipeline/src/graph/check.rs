@@ -277,7 +277,7 @@ impl<'a> Checker<'a> {
         indices
     }
 
-    /// Finds a producer by name. Its shape is `None` if it has errors itself.
+    /// Finds a producer by name. Its shape is `None` if it has errors itself, or is a source that `sources` leaves out.
     fn producer(
         &mut self,
         name: &At<String>,
@@ -287,7 +287,8 @@ impl<'a> Checker<'a> {
     ) -> Option<(Producer, Option<StreamShape>)> {
         match self.names.get(name.value.as_str()) {
             Some(Named::Source(index)) => {
-                let shape = sources[*index].as_ref().map(|source| StreamShape {
+                let source = sources.get(*index).and_then(Option::as_ref);
+                let shape = source.map(|source| StreamShape {
                     schema: Arc::clone(&source.shape.schema),
                     keys: Vec::new(),
                     windowed: false,
