@@ -352,16 +352,18 @@ mod tests {
     async fn rows_are_due_at_the_limit_or_when_they_have_waited_and_never_more_at_once() {
         let zero = Duration::ZERO;
         for (case, every, puts, expected, left) in [
-            ("below the limit", LONG, vec![0..2], vec![], 2),
-            ("at the limit", LONG, vec![0..2, 2..3], vec![vec![0, 1, 2]], 0),
-            ("a large batch is cut", LONG, vec![0..8], vec![vec![0, 1, 2], vec![3, 4, 5]], 2),
-            ("batches are joined and cut", LONG, vec![0..2, 2..4, 4..5], vec![vec![0, 1, 2]], 2),
-            ("waited", zero, vec![0..2], vec![vec![0, 1]], 0),
-            ("what is cut off has waited too", zero, vec![0..4], vec![vec![0, 1, 2], vec![3]], 0),
+            ("below the limit", LONG, vec![2], vec![], 2),
+            ("at the limit", LONG, vec![2, 1], vec![vec![0, 1, 2]], 0),
+            ("a large batch is cut", LONG, vec![8], vec![vec![0, 1, 2], vec![3, 4, 5]], 2),
+            ("batches are joined and cut", LONG, vec![2, 2, 1], vec![vec![0, 1, 2]], 2),
+            ("waited", zero, vec![2], vec![vec![0, 1]], 0),
+            ("what is cut off has waited too", zero, vec![4], vec![vec![0, 1, 2], vec![3]], 0),
         ] {
             let outbox = outbox(3, every, &["m"]);
-            for put in puts {
-                outbox.put(0, &rows(put)).await;
+            let mut first = 0;
+            for count in puts {
+                outbox.put(0, &rows(first..first + count)).await;
+                first += count;
             }
             let seen: Vec<Vec<i64>> = std::iter::from_fn(|| delivered(&outbox)).map(|(_, rows)| rows).collect();
             assert_eq!(seen, expected, "{case}");
@@ -422,10 +424,13 @@ mod tests {
         assert_eq!(lock(&outbox.inner).bytes, 0);
     }
 
+    /// Ids and rows of deliveries.
+    type Deliveries = Vec<(u64, Vec<i64>)>;
+
     /// Notes every delivery and answers from a list; then all is well.
     struct Fake {
         answers: VecDeque<Result<()>>,
-        seen: Arc<Mutex<Vec<(u64, Vec<i64>)>>>,
+        seen: Arc<Mutex<Deliveries>>,
     }
 
     #[async_trait]
