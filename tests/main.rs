@@ -12,6 +12,7 @@ mod http;
 mod live;
 mod mqtt;
 mod redis;
+mod restart;
 mod sql;
 mod support;
 mod tidy;

@@ -173,6 +173,8 @@ pub struct PipelineEntry {
     pub position: Position,
     /// Inputs, sinks and keys.
     pub config: PipelineConfig,
+    /// Whether `config` lacks what could not be read, which is reported already.
+    pub is_partial: bool,
     /// Its steps in order.
     pub steps: Vec<StepEntry>,
 }
@@ -357,11 +359,13 @@ fn pipeline_entry(name: At<String>, mut node: Node, cx: &mut CheckContext<'_>) -
     }
     node.position = position;
     // Without a `from` the steps are still looked at.
-    let config = deserialize::read_rest(&node, cx).unwrap_or_else(|| {
+    let config = deserialize::read_rest(&node, cx);
+    let is_partial = config.is_none();
+    let config = config.unwrap_or_else(|| {
         let names = |field| OneOrMany(node.get(field).map(texts).unwrap_or_default());
         PipelineConfig { from: names("from"), to: names("to"), key: names("key") }
     });
-    Some(PipelineEntry { name, position, config, steps })
+    Some(PipelineEntry { name, position, config, is_partial, steps })
 }
 
 /// `from: a` as `from: [a]`, so that the name keeps its place.

@@ -212,6 +212,12 @@ impl<'a> Builder<'a> {
             };
             let (event, span) = self.next()?;
             let node = self.node(event, &span, depth + 1)?;
+            if node.is_null() && name.ends_with(')') && !name.contains('(') {
+                let mut problem = syntax(position, format!("`{name}` is no key: in `{{…}}` a comma ends a text"));
+                problem.hint = Some("put a text with a comma in quotes: `p99: \"percentile(x, 0.99)\"`".to_owned());
+                self.problems.push(*problem);
+                continue;
+            }
             if let Some((first, _)) = entries.iter().find(|(key, _)| key.name == name) {
                 let line = first.position.line;
                 self.problems.push(*syntax(position, format!("`{name}` is already given on line {line}")));

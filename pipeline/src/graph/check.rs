@@ -332,7 +332,7 @@ impl<'a> Checker<'a> {
                 shapes.push((name, producer, shape));
             }
         }
-        if names.is_empty() {
+        if names.is_empty() && !entry.is_partial {
             self.context(node.clone(), entry.position).error(entry.position, "`from` names no source or pipeline");
         }
         let known: Vec<(&At<String>, StreamShape)> =

@@ -238,13 +238,15 @@ impl PipelineTask {
     }
 
     async fn barrier(&mut self, barrier: Barrier) {
+        // After a drain the next run takes rows again: the end is not kept.
+        let kept = |time_us: i64| if time_us == i64::MAX { i64::MIN } else { time_us };
         let mut state = StateWriter::default();
         state.u64(self.number);
-        state.i64(self.watermark_us);
-        state.i64(self.forwarded_us);
+        state.i64(kept(self.watermark_us));
+        state.i64(kept(self.forwarded_us));
         state.u64(self.ports.len() as u64);
         for port in &self.ports {
-            state.i64(port.watermark_us);
+            state.i64(kept(port.watermark_us));
         }
         state.u64(self.steps.len() as u64);
         for step in &self.steps {
