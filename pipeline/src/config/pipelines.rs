@@ -214,6 +214,8 @@ pub struct Pipelines {
     pub pipelines: Vec<PipelineEntry>,
     /// Sinks in file order.
     pub sinks: Vec<SinkEntry>,
+    /// Names of entries that could not be read: what refers to them is not wrong for that.
+    pub unread: Vec<String>,
 }
 
 /// Parses the text of a file that lies in `folder`. Entries that cannot be read are left out; why is in `problems`.
@@ -253,40 +255,51 @@ impl Pipelines {
                 let mut cx = cx.part("checkpoint", key.position);
                 self.checkpoint = deserialize::read(&node, &mut cx).unwrap_or_default();
             }
-            "sources" => self.sources = entries(key, node, "source", cx, source_entry),
-            "pipelines" => self.pipelines = entries(key, node, "pipeline", cx, pipeline_entry),
-            "sinks" => self.sinks = entries(key, node, "sink", cx, sink_entry),
+            "sources" => self.sources = self.entries(key, node, "source", cx, source_entry),
+            "pipelines" => self.pipelines = self.entries(key, node, "pipeline", cx, pipeline_entry),
+            "sinks" => self.sinks = self.entries(key, node, "sink", cx, sink_entry),
             other => {
                 cx.error_hint(key.position, format!("unknown key `{other}`"), did_you_mean(other, SECTIONS));
             }
         }
     }
+
+    /// Reads every entry of a section.
+    fn entries<T>(
+        &mut self,
+        key: &Key,
+        node: Node,
+        kind: &str,
+        cx: &mut CheckContext<'_>,
+        read: ReadEntry<T>,
+    ) -> Vec<T> {
+        let Value::Mapping(entries) = node.value else {
+            cx.error(node.position, format!("`{}` must be a mapping from names to {kind}s", key.name));
+            return Vec::new();
+        };
+        let mut list = Vec::new();
+        for (name, node) in entries {
+            let mut cx = cx.part(format!("{kind} {}", name.name), name.position);
+            if !is_name(&name.name) {
+                let hint = "letters, digits and underscores, not starting with a digit".to_owned();
+                cx.error_hint(name.position, format!("`{}` is no name", name.name), Some(hint));
+            }
+            if node.mapping().is_none() {
+                cx.error(node.position, format!("expected a mapping, found {}", node.kind()));
+                self.unread.push(name.name);
+                continue;
+            }
+            let name = At { position: name.position, verbatim: true, value: name.name };
+            match read(name.clone(), node, &mut cx) {
+                Some(entry) => list.push(entry),
+                None => self.unread.push(name.value),
+            }
+        }
+        list
+    }
 }
 
 type ReadEntry<T> = fn(At<String>, Node, &mut CheckContext<'_>) -> Option<T>;
-
-/// Reads every entry of a section.
-fn entries<T>(key: &Key, node: Node, kind: &str, cx: &mut CheckContext<'_>, read: ReadEntry<T>) -> Vec<T> {
-    let Value::Mapping(entries) = node.value else {
-        cx.error(node.position, format!("`{}` must be a mapping from names to {kind}s", key.name));
-        return Vec::new();
-    };
-    let mut list = Vec::new();
-    for (name, node) in entries {
-        let mut cx = cx.part(format!("{kind} {}", name.name), name.position);
-        if !is_name(&name.name) {
-            let hint = "letters, digits and underscores, not starting with a digit".to_owned();
-            cx.error_hint(name.position, format!("`{}` is no name", name.name), Some(hint));
-        }
-        if node.mapping().is_none() {
-            cx.error(node.position, format!("expected a mapping, found {}", node.kind()));
-            continue;
-        }
-        let name = At { position: name.position, verbatim: true, value: name.name };
-        list.extend(read(name, node, &mut cx));
-    }
-    list
-}
 
 /// Whether `name` matches `[A-Za-z_][A-Za-z0-9_]*`.
 pub fn is_name(name: &str) -> bool {
@@ -371,7 +384,8 @@ fn place_single_name(node: &mut Node, field: &str) {
 
 fn step_entries(steps: Node, cx: &mut CheckContext<'_>) -> Vec<StepEntry> {
     let Value::Sequence(items) = steps.value else {
-        cx.error(steps.position, format!("`steps` must be a list, found {}", steps.kind()));
+        let hint = "start each step with its own `- `: `- filter: x > 0`".to_owned();
+        cx.error_hint(steps.position, format!("`steps` must be a list, found {}", steps.kind()), Some(hint));
         return Vec::new();
     };
     let mut list = Vec::new();

@@ -106,6 +106,16 @@ impl Scalar {
     }
 }
 
+/// What usually is behind a message of the YAML parser.
+const HINTS: [(&str, &str); 3] = [
+    ("did not find expected key", "indent it as the lines around it"),
+    ("mapping values are not allowed", "indent it as the lines around it; a text that holds `: ` needs quotes"),
+    ("tabs disallowed", "indent with spaces"),
+];
+
+/// How to write a text with a comma inside `{…}`.
+const QUOTE: &str = "inside `{…}` a text with a comma needs quotes: `p99: \"percentile(x, 0.99)\"`";
+
 /// Parses one YAML document. An empty text is an empty mapping.
 pub fn parse(text: &str) -> Result<Node, Vec<Problem>> {
     let mut builder =
@@ -207,6 +217,15 @@ impl<'a> Builder<'a> {
             };
             let (event, span) = self.next()?;
             let node = self.node(event, &span, depth + 1)?;
+            if node.is_null()
+                && let Some((_, before)) = entries.last()
+                && let Some(text) = before.text().filter(|text| opens(text))
+            {
+                // `{p99: percentile(x, 0.99)}`
+                let message = format!("the text ends at the comma: `{text}`");
+                self.problems.push(Problem { hint: Some(QUOTE.to_owned()), ..*syntax(before.position, message) });
+                continue;
+            }
             if let Some((first, _)) = entries.iter().find(|(key, _)| key.name == name) {
                 let line = first.position.line;
                 self.problems.push(*syntax(position, format!("`{name}` is already given on line {line}")));
@@ -228,6 +247,11 @@ impl<'a> Builder<'a> {
     }
 }
 
+/// Whether a bracket stays open.
+fn opens(text: &str) -> bool {
+    text.matches('(').count() > text.matches(')').count()
+}
+
 fn size(node: &Node) -> usize {
     1 + match &node.value {
         Value::Scalar(_) => 0,
@@ -247,5 +271,26 @@ fn place(line: usize, column: usize) -> Position {
 
 fn syntax(position: Position, message: impl Into<String>) -> Box<Problem> {
     let message = message.into();
-    Box::new(Problem { position, severity: Severity::Error, node: String::new(), message, hint: None })
+    let hint = HINTS.iter().find(|(part, _)| message.contains(part)).map(|(_, hint)| (*hint).to_owned());
+    Box::new(Problem { position, severity: Severity::Error, node: String::new(), message, hint })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn common_slips_of_yaml_are_told_with_their_cure() {
+        for (text, place, hint) in [
+            ("a:\n  b: 1\n c: 2", "3:3", "indent it as the lines around it"),
+            ("a: round(x): y", "1:12", "a text that holds `: ` needs quotes"),
+            ("a:\n\tb: 1", "2:2", "indent with spaces"),
+            ("{n: count(), p: percentile(x, 0.5), m: max(x)}", "1:17", "a text with a comma needs quotes"),
+        ] {
+            let problems = parse(text).expect_err(text);
+            let told: String = problems.iter().map(|problem| format!("{problem}\n")).collect();
+            assert!(problems.len() == 1 && told.starts_with(place) && told.contains(hint), "{text}: {told}");
+        }
+        assert!(parse("{n: , p: f(x), m: }").is_ok(), "keys without values are for others to judge");
+    }
 }

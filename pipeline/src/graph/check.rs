@@ -293,6 +293,7 @@ impl<'a> Checker<'a> {
                 let at = done.iter().position(|checked| checked.entry == *index)?;
                 Some((Producer::Pipeline(at), done[at].shape.clone()))
             }
+            None if self.file.unread.contains(&name.value) => None,
             None => {
                 let hint = did_you_mean(&name.value, self.names.keys());
                 let mut cx = self.context(cx_node.0.to_owned(), cx_node.1);
@@ -481,7 +482,7 @@ fn step_node(entry: &PipelineEntry, number: usize) -> String {
 }
 
 fn sink_exists(file: &Pipelines, name: &At<String>, cx: &mut CheckContext<'_>) {
-    if !file.sinks.iter().any(|sink| sink.name.value == name.value) {
+    if !file.unread.contains(&name.value) && !file.sinks.iter().any(|sink| sink.name.value == name.value) {
         let hint = did_you_mean(&name.value, file.sinks.iter().map(|sink| &sink.name.value));
         cx.error_hint(name.position, format!("no sink `{}`", name.value), hint);
     }
