@@ -87,7 +87,8 @@ impl Program {
     /// What `/health` says is wrong, by node.
     pub fn reasons(&self) -> BTreeMap<String, String> {
         let health = self.get("/health");
-        let reasons: BTreeMap<String, String> = health["reasons"].as_array().into_iter().flatten().map(reason).collect();
+        let reasons: BTreeMap<String, String> =
+            health["reasons"].as_array().into_iter().flatten().map(reason).collect();
         assert_eq!(reasons.is_empty(), health["status"] == "healthy", "{health}");
         reasons
     }

@@ -385,7 +385,8 @@ fn step_entries(steps: Node, cx: &mut CheckContext<'_>) -> Vec<StepEntry> {
         options: None,
     };
     let Value::Sequence(items) = steps.value else {
-        cx.error(steps.position, format!("`steps` must be a list, found {}", steps.kind()));
+        let hint = "start each step with its own `- `: `- filter: x > 0`".to_owned();
+        cx.error_hint(steps.position, format!("`steps` must be a list, found {}", steps.kind()), Some(hint));
         return vec![no_step(steps.position, "steps")];
     };
     let mut list = Vec::new();

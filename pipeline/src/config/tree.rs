@@ -106,6 +106,13 @@ impl Scalar {
     }
 }
 
+/// What usually is behind a message of the YAML parser.
+const HINTS: [(&str, &str); 3] = [
+    ("did not find expected key", "indent it as the lines around it"),
+    ("mapping values are not allowed", "indent it as the lines around it; a text that holds `: ` needs quotes"),
+    ("tabs disallowed", "indent with spaces"),
+];
+
 /// Parses one YAML document without a mistake. An empty text is an empty mapping.
 pub fn parse(text: &str) -> Result<Node, Vec<Problem>> {
     let mut problems = Vec::new();
@@ -258,5 +265,26 @@ fn place(line: usize, column: usize) -> Position {
 
 fn syntax(position: Position, message: impl Into<String>) -> Box<Problem> {
     let message = message.into();
-    Box::new(Problem { position, severity: Severity::Error, node: String::new(), message, hint: None })
+    let hint = HINTS.iter().find(|(part, _)| message.contains(part)).map(|(_, hint)| (*hint).to_owned());
+    Box::new(Problem { position, severity: Severity::Error, node: String::new(), message, hint })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn common_slips_of_yaml_are_told_with_their_cure() {
+        for (text, place, hint) in [
+            ("a:\n  b: 1\n c: 2", "3:3", "indent it as the lines around it"),
+            ("a: round(x): y", "1:12", "a text that holds `: ` needs quotes"),
+            ("a:\n\tb: 1", "2:2", "indent with spaces"),
+            ("{n: count(), p: percentile(x, 0.5), m: max(x)}", "1:17", "a text with a comma needs quotes"),
+        ] {
+            let problems = parse(text).expect_err(text);
+            let told: String = problems.iter().map(|problem| format!("{problem}\n")).collect();
+            assert!(problems.len() == 1 && told.starts_with(place) && told.contains(hint), "{text}: {told}");
+        }
+        assert!(parse("{n: , p: f(x), m: }").is_ok(), "keys without values are for others to judge");
+    }
 }
