@@ -44,6 +44,10 @@ impl OperatorConfig for FilterConfig {
     const PAGE: &'static str = PAGE;
     const EXAMPLE: &'static str = "filter: latency_ms >= 0";
 
+    fn keeps_columns(&self) -> bool {
+        true
+    }
+
     fn plan(&self, inputs: &[StreamShape], cx: &mut CheckContext<'_>) -> Option<Planned> {
         let shape = inputs.first()?.clone();
         let Some(condition) = cx.condition(&self.0, &shape.schema) else { return Some(Planned::broken(shape)) };

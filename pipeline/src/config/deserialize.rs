@@ -18,6 +18,12 @@ use super::values::AT;
 /// Reads `node` as a `T`. `None` if anything was wrong; then every problem is in `cx`.
 pub fn read<T: DeserializeOwned + JsonSchema>(node: &Node, cx: &mut CheckContext<'_>) -> Option<T> {
     let errors_before = cx.errors();
+    read_rest(node, cx).filter(|_| cx.errors() == errors_before)
+}
+
+/// As [`read`], but gives what is left when the wrong parts are taken out, so that it can be checked further.
+/// `None` if a required part is wrong or missing.
+pub fn read_rest<T: DeserializeOwned + JsonSchema>(node: &Node, cx: &mut CheckContext<'_>) -> Option<T> {
     let mut removed: Vec<(Position, String)> = report_missing::<T>(node, cx);
     let mut tree = node.clone();
     loop {
@@ -28,7 +34,7 @@ pub fn read<T: DeserializeOwned + JsonSchema>(node: &Node, cx: &mut CheckContext
             cx.error_hint(key.position, format!("unknown key `{}`", key.name), hint);
         }
         let error = match result {
-            Ok(value) => return (cx.errors() == errors_before).then_some(value),
+            Ok(value) => return Some(value),
             Err(error) => error,
         };
         let position = error.position.unwrap_or(node.position);
@@ -102,6 +108,13 @@ impl ReadError {
         if self.position.is_none() {
             self.position = Some(node.position);
             if let Some(expected) = self.expected.take() {
+                // serde names its own types.
+                let expected = match expected.as_str() {
+                    "i8" | "i16" | "i32" | "i64" => "a whole number",
+                    "u8" | "u16" | "u32" | "u64" | "usize" => "a whole number from 0",
+                    "f32" | "f64" => "a number",
+                    other => other,
+                };
                 self.message = format!("expected {expected}, found {}", node.kind());
             }
         }

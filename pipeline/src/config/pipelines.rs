@@ -173,6 +173,8 @@ pub struct PipelineEntry {
     pub position: Position,
     /// Inputs, sinks and keys.
     pub config: PipelineConfig,
+    /// Whether `config` lacks what could not be read, which is reported already.
+    pub is_partial: bool,
     /// Its steps in order.
     pub steps: Vec<StepEntry>,
 }
@@ -182,8 +184,8 @@ pub struct PipelineEntry {
 pub struct StepEntry {
     /// The operator's name.
     pub name: At<String>,
-    /// What the plugin reads.
-    pub options: Node,
+    /// What the plugin reads; `None` if this is no step, which is reported already.
+    pub options: Option<Node>,
 }
 
 /// A sink as written.
@@ -214,19 +216,18 @@ pub struct Pipelines {
     pub pipelines: Vec<PipelineEntry>,
     /// Sinks in file order.
     pub sinks: Vec<SinkEntry>,
+    /// Names of entries that could not be read: what refers to them is not wrong for that.
+    pub unreadable: Vec<String>,
 }
 
-/// Parses the text of a file that lies in `folder`. Entries that cannot be read are left out; why is in `problems`.
+/// Parses the text of a file that lies in `folder`. What cannot be read is left out; why is in `problems`.
 pub fn parse(text: &str, folder: &Path, lookup: &dyn Fn(&str) -> Option<String>, problems: &mut Problems) -> Pipelines {
     let mut file = Pipelines { folder: folder.to_owned(), ..Pipelines::default() };
-    let mut root = match tree::parse(text) {
-        Ok(root) => root,
-        Err(list) => {
-            list.into_iter().for_each(|problem| problems.push(problem));
-            return file;
-        }
-    };
-    environment::expand(&mut root, lookup).into_iter().for_each(|problem| problems.push(problem));
+    let mut wrong = Vec::new();
+    let root = tree::parse_on(text, &mut wrong);
+    wrong.into_iter().for_each(|problem| problems.push(problem));
+    let Some(mut root) = root else { return file };
+    environment::expand(&mut root, lookup, problems);
     let mut cx = CheckContext::new(problems, "", root.position, folder);
     let Value::Mapping(sections) = root.value else {
         cx.error(root.position, "the file must be a mapping with `sources`, `pipelines` and `sinks`");
@@ -247,46 +248,58 @@ impl Pipelines {
             _ if node.is_null() => {}
             "server" => {
                 let mut cx = cx.part("server", key.position);
-                self.server = deserialize::read(&node, &mut cx).unwrap_or_default();
+                self.server = deserialize::read_rest(&node, &mut cx).unwrap_or_default();
             }
             "checkpoint" => {
                 let mut cx = cx.part("checkpoint", key.position);
-                self.checkpoint = deserialize::read(&node, &mut cx).unwrap_or_default();
+                self.checkpoint = deserialize::read_rest(&node, &mut cx).unwrap_or_default();
             }
-            "sources" => self.sources = entries(key, node, "source", cx, source_entry),
-            "pipelines" => self.pipelines = entries(key, node, "pipeline", cx, pipeline_entry),
-            "sinks" => self.sinks = entries(key, node, "sink", cx, sink_entry),
+            "sources" => self.sources = self.entries(key, node, "source", cx, source_entry),
+            "pipelines" => self.pipelines = self.entries(key, node, "pipeline", cx, pipeline_entry),
+            "sinks" => self.sinks = self.entries(key, node, "sink", cx, sink_entry),
             other => {
                 cx.error_hint(key.position, format!("unknown key `{other}`"), did_you_mean(other, SECTIONS));
             }
         }
     }
+
+    /// Reads every entry of a section.
+    fn entries<T>(
+        &mut self,
+        key: &Key,
+        node: Node,
+        kind: &str,
+        cx: &mut CheckContext<'_>,
+        read: ReadEntry<T>,
+    ) -> Vec<T> {
+        let Value::Mapping(entries) = node.value else {
+            cx.error(node.position, format!("`{}` must be a mapping from names to {kind}s", key.name));
+            return Vec::new();
+        };
+        let mut list = Vec::new();
+        for (name, node) in entries {
+            let mut cx = cx.part(format!("{kind} {}", name.name), name.position);
+            if !is_name(&name.name) {
+                let hint = "letters, digits and underscores, not starting with a digit".to_owned();
+                cx.error_hint(name.position, format!("`{}` is no name", name.name), Some(hint));
+            }
+            let at = At { position: name.position, verbatim: true, value: name.name.clone() };
+            let entry = if node.mapping().is_some() {
+                read(at, node, &mut cx)
+            } else {
+                cx.error(node.position, format!("expected a mapping, found {}", node.kind()));
+                None
+            };
+            match entry {
+                Some(entry) => list.push(entry),
+                None => self.unreadable.push(name.name),
+            }
+        }
+        list
+    }
 }
 
 type ReadEntry<T> = fn(At<String>, Node, &mut CheckContext<'_>) -> Option<T>;
-
-/// Reads every entry of a section.
-fn entries<T>(key: &Key, node: Node, kind: &str, cx: &mut CheckContext<'_>, read: ReadEntry<T>) -> Vec<T> {
-    let Value::Mapping(entries) = node.value else {
-        cx.error(node.position, format!("`{}` must be a mapping from names to {kind}s", key.name));
-        return Vec::new();
-    };
-    let mut list = Vec::new();
-    for (name, node) in entries {
-        let mut cx = cx.part(format!("{kind} {}", name.name), name.position);
-        if !is_name(&name.name) {
-            let hint = "letters, digits and underscores, not starting with a digit".to_owned();
-            cx.error_hint(name.position, format!("`{}` is no name", name.name), Some(hint));
-        }
-        if node.mapping().is_none() {
-            cx.error(node.position, format!("expected a mapping, found {}", node.kind()));
-            continue;
-        }
-        let name = At { position: name.position, verbatim: true, value: name.name };
-        list.extend(read(name, node, &mut cx));
-    }
-    list
-}
 
 /// Whether `name` matches `[A-Za-z_][A-Za-z0-9_]*`.
 pub fn is_name(name: &str) -> bool {
@@ -309,12 +322,7 @@ fn source_entry(name: At<String>, mut options: Node, cx: &mut CheckContext<'_>) 
     let position = name.position;
     let common = split(&mut options, &["type", "event_time", "errors", "on_demand"]);
     options.position = position;
-    let common = Node { position, ..common };
-    // With an error here the plugin's own options are still looked at.
-    let common = deserialize::read(&common, cx).or_else(|| {
-        let type_name = texts(common.get("type")?).into_iter().next()?;
-        Some(SourceCommon { type_name, event_time: None, errors: None, on_demand: At::default() })
-    })?;
+    let common = deserialize::read_rest(&Node { position, ..common }, cx)?;
     Some(SourceEntry { name, position, common, options })
 }
 
@@ -350,12 +358,14 @@ fn pipeline_entry(name: At<String>, mut node: Node, cx: &mut CheckContext<'_>) -
         place_single_name(&mut node, field);
     }
     node.position = position;
-    // With an error here the steps are still looked at.
-    let config = deserialize::read(&node, cx).unwrap_or_else(|| {
+    // Without a `from` the steps are still looked at.
+    let config = deserialize::read_rest(&node, cx);
+    let is_partial = config.is_none();
+    let config = config.unwrap_or_else(|| {
         let names = |field| OneOrMany(node.get(field).map(texts).unwrap_or_default());
         PipelineConfig { from: names("from"), to: names("to"), key: names("key") }
     });
-    Some(PipelineEntry { name, position, config, steps })
+    Some(PipelineEntry { name, position, config, is_partial, steps })
 }
 
 /// `from: a` as `from: [a]`, so that the name keeps its place.
@@ -370,22 +380,28 @@ fn place_single_name(node: &mut Node, field: &str) {
 }
 
 fn step_entries(steps: Node, cx: &mut CheckContext<'_>) -> Vec<StepEntry> {
+    let no_step = |position, name: &str| StepEntry {
+        name: At { position, verbatim: false, value: name.to_owned() },
+        options: None,
+    };
     let Value::Sequence(items) = steps.value else {
-        cx.error(steps.position, format!("`steps` must be a list, found {}", steps.kind()));
-        return Vec::new();
+        let hint = "start each step with its own `- `: `- filter: x > 0`".to_owned();
+        cx.error_hint(steps.position, format!("`steps` must be a list, found {}", steps.kind()), Some(hint));
+        return vec![no_step(steps.position, "steps")];
     };
     let mut list = Vec::new();
     for item in items {
         match item.value {
             Value::Mapping(mut entries) if entries.len() == 1 => {
                 let (key, options) = entries.remove(0);
-                list.push(StepEntry { name: At { position: key.position, verbatim: true, value: key.name }, options });
+                let name = At { position: key.position, verbatim: true, value: key.name };
+                list.push(StepEntry { name, options: Some(options) });
             }
-            _ => cx.error_hint(
-                item.position,
-                "a step is one operator with its options".to_owned(),
-                Some("start each step with its own `- `: `- filter: x > 0`".to_owned()),
-            ),
+            _ => {
+                let hint = Some("start each step with its own `- `: `- filter: x > 0`".to_owned());
+                cx.error_hint(item.position, "a step is one operator with its options".to_owned(), hint);
+                list.push(no_step(item.position, "step"));
+            }
         }
     }
     list

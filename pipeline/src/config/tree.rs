@@ -106,18 +106,30 @@ impl Scalar {
     }
 }
 
-/// Parses one YAML document. An empty text is an empty mapping.
+/// What usually is behind a message of the YAML parser.
+const HINTS: [(&str, &str); 3] = [
+    ("did not find expected key", "indent it as the lines around it"),
+    ("mapping values are not allowed", "indent it as the lines around it; a text that holds `: ` needs quotes"),
+    ("tabs disallowed", "indent with spaces"),
+];
+
+/// Parses one YAML document without a mistake. An empty text is an empty mapping.
 pub fn parse(text: &str) -> Result<Node, Vec<Problem>> {
+    let mut problems = Vec::new();
+    match parse_on(text, &mut problems) {
+        Some(node) if problems.is_empty() => Ok(node),
+        _ => Err(problems),
+    }
+}
+
+/// As [`parse`], but a key that is given twice counts once, so that the rest of the file can be checked too.
+/// `None` if the text is no YAML.
+pub fn parse_on(text: &str, problems: &mut Vec<Problem>) -> Option<Node> {
     let mut builder =
         Builder { parser: Parser::new_from_str(text), anchors: HashMap::new(), nodes: 0, problems: Vec::new() };
-    match builder.document() {
-        Ok(node) if builder.problems.is_empty() => Ok(node),
-        Ok(_) => Err(builder.problems),
-        Err(problem) => {
-            builder.problems.push(*problem);
-            Err(builder.problems)
-        }
-    }
+    let node = builder.document();
+    problems.append(&mut builder.problems);
+    node.map_err(|problem| problems.push(*problem)).ok()
 }
 
 type Step<T> = Result<T, Box<Problem>>;
@@ -207,6 +219,12 @@ impl<'a> Builder<'a> {
             };
             let (event, span) = self.next()?;
             let node = self.node(event, &span, depth + 1)?;
+            if node.is_null() && name.ends_with(')') && !name.contains('(') {
+                let mut problem = syntax(position, format!("`{name}` is no key: in `{{…}}` a comma ends a text"));
+                problem.hint = Some("put a text with a comma in quotes: `p99: \"percentile(x, 0.99)\"`".to_owned());
+                self.problems.push(*problem);
+                continue;
+            }
             if let Some((first, _)) = entries.iter().find(|(key, _)| key.name == name) {
                 let line = first.position.line;
                 self.problems.push(*syntax(position, format!("`{name}` is already given on line {line}")));
@@ -257,7 +275,28 @@ fn place(line: usize, column: usize) -> Position {
 
 fn syntax(position: Position, message: impl Into<String>) -> Box<Problem> {
     let message = message.into();
-    Box::new(Problem { position, severity: Severity::Error, node: String::new(), message, hint: None })
+    let hint = HINTS.iter().find(|(part, _)| message.contains(part)).map(|(_, hint)| (*hint).to_owned());
+    Box::new(Problem { position, severity: Severity::Error, node: String::new(), message, hint })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn common_slips_of_yaml_are_told_with_their_cure() {
+        for (text, place, hint) in [
+            ("a:\n  b: 1\n c: 2", "3:3", "indent it as the lines around it"),
+            ("a: round(x): y", "1:12", "a text that holds `: ` needs quotes"),
+            ("a:\n\tb: 1", "2:2", "indent with spaces"),
+            ("{n: count(), p: percentile(x, 0.5), m: max(x)}", "1:17", "a text with a comma needs quotes"),
+        ] {
+            let problems = parse(text).expect_err(text);
+            let told: String = problems.iter().map(|problem| format!("{problem}\n")).collect();
+            assert!(problems.len() == 1 && told.starts_with(place) && told.contains(hint), "{text}: {told}");
+        }
+        assert!(parse("{n: , p: f(x), m: }").is_ok(), "keys without values are for others to judge");
+    }
 }
 
 #[cfg(test)]

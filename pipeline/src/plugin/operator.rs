@@ -25,6 +25,12 @@ pub trait OperatorConfig: DeserializeOwned + JsonSchema + Send + Sync + Sized + 
         Vec::new()
     }
 
+    /// Whether what it emits has the columns of its main input, whatever the options: then `check` goes on to the
+    /// steps after it even if this one has mistakes.
+    fn keeps_columns(&self) -> bool {
+        false
+    }
+
     /// Checks the step over its inputs and makes the operator. `inputs[0]` is the step before; then the side
     /// inputs in order. Pure. After problems, [`Planned::broken`] with the best-known columns lets the later steps be
     /// checked all the same; `None` if nothing is known. In both cases at least one problem was reported.
@@ -151,6 +157,8 @@ pub struct OperatorPlugin {
 pub trait AnyOperator: Send + Sync {
     /// See [`OperatorConfig::side_inputs`].
     fn side_inputs(&self) -> Vec<At<String>>;
+    /// See [`OperatorConfig::keeps_columns`].
+    fn keeps_columns(&self) -> bool;
     /// See [`OperatorConfig::plan`].
     fn plan(&self, inputs: &[StreamShape], cx: &mut CheckContext<'_>) -> Option<Planned>;
 }
@@ -158,6 +166,9 @@ pub trait AnyOperator: Send + Sync {
 impl<T: OperatorConfig> AnyOperator for T {
     fn side_inputs(&self) -> Vec<At<String>> {
         OperatorConfig::side_inputs(self)
+    }
+    fn keeps_columns(&self) -> bool {
+        OperatorConfig::keeps_columns(self)
     }
     fn plan(&self, inputs: &[StreamShape], cx: &mut CheckContext<'_>) -> Option<Planned> {
         OperatorConfig::plan(self, inputs, cx)

@@ -24,9 +24,9 @@ pub(crate) struct Barrier {
 pub(crate) enum Message {
     /// Rows, and the number of this output batch of the pipeline.
     Batch(Batch, u64),
-    /// No row at or before this event time will come that is not late.
+    /// No row before this event time will come that is not late. Also withdraws [`Self::Idle`].
     Watermark(i64),
-    /// The producer is idle; if all inputs are, event time may go on to this.
+    /// The producer is idle until its next batch or watermark; if all inputs are, event time may go on to this.
     Idle(i64),
     /// A checkpoint.
     Barrier(Barrier),

@@ -180,6 +180,9 @@ impl IntakeTask {
 
     async fn take_rows(&mut self, rows: &RecordBatch, mut errors: Vec<RowError>) -> Result<()> {
         let ingest_us = self.clock.stamp();
+        if rows.num_rows() > 0 || !errors.is_empty() {
+            self.clock.row_came();
+        }
         let rows = self.drop_without_event_time(rows, &mut errors)?;
         self.emit_errors(errors, ingest_us).await?;
         let mut offset = 0;
@@ -278,10 +281,12 @@ pub(crate) struct SourceClock {
     ingest_us: i64,
     /// Last watermark given out.
     watermark_us: i64,
-    /// Wall clock at the last row or (re)connect: idleness counts from here.
-    active_us: i64,
+    /// The last row or (re)connect: idleness counts from here. Not by the wall clock, which may jump.
+    active: Instant,
     connected: bool,
     unwanted: bool,
+    /// Whether the consumers were told that no row is to be waited for.
+    told_idle: bool,
 }
 
 impl SourceClock {
@@ -291,16 +296,17 @@ impl SourceClock {
             newest_us: i64::MIN,
             ingest_us: i64::MIN,
             watermark_us: i64::MIN,
-            active_us: now_us(),
+            active: Instant::now(),
             connected: false,
             unwanted: false,
+            told_idle: false,
         }
     }
 
     fn set_connected(&mut self, connected: bool) {
         self.connected = connected;
         self.unwanted = false;
-        self.active_us = now_us();
+        self.active = Instant::now();
     }
 
     fn set_unwanted(&mut self) {
@@ -309,11 +315,14 @@ impl SourceClock {
 
     /// The time of receipt of what arrives now.
     fn stamp(&mut self) -> i64 {
-        let now = now_us();
-        self.active_us = now;
         self.unwanted = false;
-        self.ingest_us = self.ingest_us.max(now);
+        self.ingest_us = self.ingest_us.max(now_us());
         self.ingest_us
+    }
+
+    /// What arrived was not empty, as an idle poll is.
+    fn row_came(&mut self) {
+        self.active = Instant::now();
     }
 
     /// The times of rows received at `ingest_us`; their event times move the clock.
@@ -356,22 +365,26 @@ impl SourceClock {
     }
 
     /// What time alone does: over the time of receipt it moves the watermark; over event time it makes a
-    /// source idle that is connected, has nothing queued and got no row for long.
+    /// source idle that is connected, has nothing queued and got no row for long, and tells when that is over.
     fn tick(&mut self, nothing_queued: bool) -> Option<Message> {
-        let now = now_us();
         let Some(event_time) = self.event_time else {
             if !nothing_queued {
                 return None;
             }
-            self.ingest_us = self.ingest_us.max(now);
+            self.ingest_us = self.ingest_us.max(now_us());
             self.newest_us = self.newest_us.max(self.ingest_us);
             return self.advanced().map(Message::Watermark);
         };
-        let quiet_us = now.saturating_sub(self.active_us);
+        let quiet_us = i64::try_from(self.active.elapsed().as_micros()).unwrap_or(i64::MAX);
         let idle = self.unwanted || (self.connected && nothing_queued && quiet_us >= event_time.idle_us);
+        if !idle {
+            let was_idle = std::mem::take(&mut self.told_idle);
+            return was_idle.then_some(Message::Watermark(self.watermark_us));
+        }
+        self.told_idle = true;
         // Without any row there is no event time to go on from: i64::MIN still says that this input holds nothing back.
         let on = if self.newest_us == i64::MIN { i64::MIN } else { self.trailing().saturating_add(quiet_us) };
-        idle.then_some(Message::Idle(on))
+        Some(Message::Idle(on))
     }
 
     fn snapshot(&self, state: &mut StateWriter) {
@@ -501,7 +514,9 @@ mod tests {
         let Some(Message::Idle(on)) = clock.tick(true) else { panic!("not idle") };
         assert!(on >= 90, "{on}");
         clock.stamp();
-        assert!(clock.tick(true).is_none(), "wanted again, and not connected");
+        let given = clock.watermark_us;
+        assert!(matches!(clock.tick(true), Some(Message::Watermark(time)) if time == given), "wanted again");
+        assert!(clock.tick(true).is_none(), "and not connected");
     }
 
     #[test]

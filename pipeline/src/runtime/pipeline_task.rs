@@ -32,6 +32,8 @@ pub(crate) struct PipelineTask {
     pub(crate) watermark_us: i64,
     /// The watermark given to the consumers.
     pub(crate) forwarded_us: i64,
+    /// Whether the consumers were told that no row is to be waited for.
+    pub(crate) told_idle: bool,
     pub(crate) failed: bool,
     /// Rows so far for which an expression failed.
     pub(crate) failed_rows: u64,
@@ -103,6 +105,7 @@ impl PipelineTask {
         let mut messages = Vec::new();
         self.through(step, input, batch, &mut messages)?;
         self.count_lost();
+        self.withdraw_idle(&mut messages);
         Ok(messages)
     }
 
@@ -151,27 +154,55 @@ impl PipelineTask {
         let port = &mut self.ports[port];
         port.watermark_us = port.watermark_us.max(time_us);
         port.idle_us = None;
-        self.advance()
+        let mut messages = self.advance()?;
+        self.withdraw_idle(&mut messages);
+        Ok(messages)
     }
 
     fn port_idle(&mut self, port: usize, time_us: i64) -> Result<Vec<Message>> {
         self.ports[port].idle_us = Some(time_us);
         let mut messages = self.advance()?;
-        if self.from_ports().all(|port| port.idle_us.is_some()) {
+        if self.is_idle() {
+            self.told_idle = true;
             messages.push(Message::Idle(self.forwarded_us));
         }
         Ok(messages)
     }
 
-    fn from_ports(&self) -> impl Iterator<Item = &Port> {
-        self.ports.iter().filter(|port| port.input == 0)
+    /// Rows are to be waited for again: else a consumer of several pipelines would go on without this one.
+    fn withdraw_idle(&mut self, messages: &mut Vec<Message>) {
+        if self.told_idle && !self.is_idle() {
+            self.told_idle = false;
+            messages.push(Message::Watermark(self.forwarded_us));
+        }
     }
 
-    /// The minimum over the inputs that are not idle; if all are idle, time goes on by itself.
+    /// Whether every input that has not ended is idle.
+    fn is_idle(&self) -> bool {
+        let mut open = self.open_ports().peekable();
+        open.peek().is_some() && open.all(|port| port.idle_us.is_some())
+    }
+
+    /// The ports of the first step that have not ended.
+    fn open_ports(&self) -> impl Iterator<Item = &Port> {
+        self.ports.iter().filter(|port| port.input == 0 && port.watermark_us < i64::MAX)
+    }
+
+    /// How far event time is: the minimum over the inputs that are neither idle nor at their end. If the others are
+    /// all idle, time goes on by itself, as far as those let it that ever had a row. If all are at their end, so is time.
+    fn reached(&self) -> Option<i64> {
+        if self.open_ports().next().is_none() {
+            return Some(i64::MAX);
+        }
+        if let Some(time_us) = self.open_ports().filter(|port| port.idle_us.is_none()).map(|p| p.watermark_us).min() {
+            return Some(time_us);
+        }
+        let idle = self.open_ports().filter_map(|port| Some(port.idle_us?.max(port.watermark_us)));
+        idle.filter(|time_us| *time_us > i64::MIN).min()
+    }
+
     fn advance(&mut self) -> Result<Vec<Message>> {
-        let active = self.from_ports().filter(|port| port.idle_us.is_none()).map(|port| port.watermark_us).min();
-        let idle = || self.from_ports().map(|port| port.idle_us.unwrap_or(i64::MIN).max(port.watermark_us)).min();
-        let Some(time_us) = active.or_else(idle).filter(|time| *time > self.watermark_us) else {
+        let Some(time_us) = self.reached().filter(|time| *time > self.watermark_us) else {
             return Ok(Vec::new());
         };
         self.watermark_us = time_us;
@@ -207,13 +238,15 @@ impl PipelineTask {
     }
 
     async fn barrier(&mut self, barrier: Barrier) {
+        // After a drain the next run takes rows again: the end is not kept.
+        let kept = |time_us: i64| if time_us == i64::MAX { i64::MIN } else { time_us };
         let mut state = StateWriter::default();
         state.u64(self.number);
-        state.i64(self.watermark_us);
-        state.i64(self.forwarded_us);
+        state.i64(kept(self.watermark_us));
+        state.i64(kept(self.forwarded_us));
         state.u64(self.ports.len() as u64);
         for port in &self.ports {
-            state.i64(port.watermark_us);
+            state.i64(kept(port.watermark_us));
         }
         state.u64(self.steps.len() as u64);
         for step in &self.steps {
@@ -261,262 +294,284 @@ fn unite(batch: &Batch, schema: &SchemaRef, columns: &[Option<usize>]) -> Result
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
-
-    use arrow::array::{Int64Array, StringArray};
-
     use super::*;
     use crate::error::Error;
-    use crate::json::encode_rows;
-    use crate::runtime::edge::Takes;
+    use crate::plugin::Output;
     use crate::schema::{FieldType, schema_of};
-    use crate::status::{NodeKind, Status, lock};
+    use crate::status::{NodeKind, Status};
+    use Signal::{Idle, Rows, Time};
 
     const MIN: i64 = i64::MIN;
+    const END: i64 = i64::MAX;
 
-    /// Passes rows on, counts them, and notes what it is told.
-    #[derive(Default)]
-    struct Fake {
-        told: Arc<Mutex<Vec<String>>>,
-        rows: u64,
-        holds_back_us: Option<i64>,
-        fails: bool,
-        stateful: bool,
-        /// Emits the rows of the last batch again at a watermark.
-        at_watermark: Option<Batch>,
+    /// What comes in on a port, or what goes out.
+    #[derive(Clone, Debug, PartialEq)]
+    enum Signal {
+        /// Event times of rows, and the watermark that each meets.
+        Rows(Vec<i64>, Vec<i64>),
+        Time(i64),
+        Idle(i64),
     }
 
-    impl Operator for Fake {
-        fn process(&mut self, input: usize, batch: Batch, out: &mut Output) -> Result<()> {
-            if self.fails {
-                return Err(Error::internal("broken"));
+    fn rows(event_us: &[i64], watermark_us: i64) -> Signal {
+        Rows(event_us.to_vec(), vec![watermark_us; event_us.len()])
+    }
+
+    fn batch(event_us: Vec<i64>, watermark_us: Vec<i64>) -> Batch {
+        let column = Int64Array::from(event_us.clone());
+        let rows = RecordBatch::try_new(schema_of([("n", FieldType::Int)]), vec![Arc::new(column)]).expect("rows");
+        let ingest_us = Int64Array::from_value(0, event_us.len());
+        let times = Times { event_us: event_us.into(), ingest_us, watermark_us: watermark_us.into() };
+        Batch::new(rows, times, Stage::Final).expect("a batch")
+    }
+
+    /// Passes rows on, or keeps them until the watermark has passed them; fails at a row of time 13.
+    #[derive(Default)]
+    struct Step {
+        keeps: bool,
+        kept: Vec<Batch>,
+        /// How far below the watermark the rows may lie that it gives out later.
+        behind_us: Option<i64>,
+        watermark_us: i64,
+    }
+
+    impl Operator for Step {
+        fn process(&mut self, _: usize, batch: Batch, out: &mut Output) -> Result<()> {
+            if batch.event_us().contains(&13) {
+                return Err(Error::internal("13"));
             }
-            lock(&self.told).push(format!("input {input}: {:?}", batch.watermark_us()));
-            self.rows += batch.len() as u64;
-            out.push(batch);
+            if self.keeps {
+                self.kept.push(batch)
+            } else {
+                out.push(batch)
+            }
             Ok(())
         }
         fn watermark(&mut self, time_us: i64, out: &mut Output) -> Result<()> {
-            lock(&self.told).push(format!("time {time_us}"));
-            self.at_watermark.take().into_iter().for_each(|batch| out.push(batch));
+            self.watermark_us = time_us;
+            let (out_now, kept) = self.kept.drain(..).partition(|b| b.event_us().iter().all(|us| *us < time_us));
+            self.kept = kept;
+            Vec::into_iter(out_now).for_each(|batch| out.push(batch));
             Ok(())
         }
         fn holds_back_us(&self) -> Option<i64> {
-            self.holds_back_us
-        }
-        fn is_stateful(&self) -> bool {
-            self.stateful
+            self.behind_us.map(|behind_us| self.watermark_us.saturating_sub(behind_us))
         }
         fn snapshot(&self, state: &mut StateWriter) {
-            state.u64(self.rows);
+            state.i64(self.watermark_us);
         }
         fn restore(&mut self, state: &mut StateReader<'_>) -> Result<()> {
-            self.rows = state.u64()?;
-            lock(&self.told).push(format!("restored {} rows", self.rows));
+            self.watermark_us = state.i64()?;
             Ok(())
         }
     }
 
-    fn port(step: usize, input: usize) -> Port {
-        Port { step, input, unite: None, watermark_us: MIN, idle_us: None }
-    }
-
-    /// A task with these ports and steps, and where its reports go.
-    fn task(ports: Vec<Port>, steps: Vec<Fake>) -> (PipelineTask, mpsc::Receiver<Report>) {
-        let (reports, received) = mpsc::channel(4);
+    fn task(names: &[&str], steps: Vec<Step>) -> (PipelineTask, mpsc::Receiver<Report>) {
         let status = Arc::new(Status::default());
+        let (reports, received) = mpsc::channel(8);
+        let port = |_: &&str| Port { step: 0, input: 0, unite: None, watermark_us: MIN, idle_us: None };
         let task = PipelineTask {
-            name: "load".to_owned(),
-            key: "pipeline/load".to_owned(),
+            name: "p".to_owned(),
+            key: "pipeline/p".to_owned(),
             inputs: Inputs::new(Vec::new()),
-            ports,
+            ports: names.iter().map(port).collect(),
             steps: steps.into_iter().map(|step| Box::new(step) as Box<dyn Operator>).collect(),
             outlet: Outlet::default(),
-            status: status.node(NodeKind::Pipeline, "load", ""),
-            live: Arc::new(Live::new("e".to_owned(), status, [])),
+            status: status.node(NodeKind::Pipeline, "p", "pipeline"),
+            live: Arc::new(Live::new(String::new(), status, [])),
             reports,
             number: 0,
             watermark_us: MIN,
             forwarded_us: MIN,
+            told_idle: false,
             failed: false,
             failed_rows: 0,
         };
         (task, received)
     }
 
-    fn batch(watermarks: &[i64], stage: Stage) -> Batch {
-        let count = watermarks.len();
-        let column = Int64Array::from_iter_values(0..count as i64);
-        let rows = RecordBatch::try_new(schema_of([("a", FieldType::Int)]), vec![Arc::new(column)]).expect("rows");
-        let times = Times { watermark_us: watermarks.to_vec().into(), ..Times::constant(5, 6, MIN, count) };
-        Batch::new(rows, times, stage).expect("a batch")
-    }
-
-    fn shown(messages: Vec<Message>) -> Vec<String> {
-        let show = |message| match message {
-            Message::Batch(batch, number) => format!("batch {number} of {}", batch.len()),
-            Message::Watermark(time) => format!("watermark {time}"),
-            Message::Idle(time) => format!("idle {time}"),
-            Message::Barrier(barrier) => format!("barrier {}", barrier.checkpoint),
-            Message::End => "end".to_owned(),
+    /// What the pipeline sends after `signal` on `port`.
+    fn after(task: &mut PipelineTask, port: usize, signal: &Signal) -> Vec<Signal> {
+        let sent = match signal.clone() {
+            Rows(event_us, watermark_us) => task.batch(port, batch(event_us, watermark_us)),
+            Time(time_us) => task.port_watermark(port, time_us),
+            Idle(time_us) => task.port_idle(port, time_us),
         };
-        messages.into_iter().map(show).collect()
+        let signal = |message| match message {
+            Message::Batch(batch, _) => Rows(batch.event_us().to_vec(), batch.watermark_us().to_vec()),
+            Message::Watermark(time_us) => Time(time_us),
+            Message::Idle(time_us) => Idle(time_us),
+            other => panic!("{other:?}"),
+        };
+        sent.expect("no failure").into_iter().map(signal).collect()
     }
 
-    /// What an input tells of time.
-    #[derive(Clone, Copy)]
-    enum Told {
-        Time(usize, i64),
-        Idle(usize, i64),
-        Rows(usize),
-    }
-
-    #[test]
-    fn time_is_the_least_of_the_inputs_that_are_not_idle() {
-        use Told::{Idle, Rows, Time};
-        for (case, told, expected) in [
-            ("the minimum", vec![Time(0, 10), Time(1, 5), Time(1, 20)], vec!["watermark 5", "watermark 10"]),
-            ("never back", vec![Time(0, 10), Time(1, 10), Time(0, 3), Time(1, 10)], vec!["watermark 10"]),
-            ("an idle input does not hold it", vec![Idle(1, 0), Time(0, 7)], vec!["watermark 7"]),
-            ("nor one that falls idle later", vec![Time(0, 7), Time(1, 3), Idle(1, 4)], {
-                vec!["watermark 3", "watermark 7"]
-            }),
-            ("an input with rows again holds it", vec![Idle(1, 0), Time(0, 7), Rows(1), Time(0, 9)], {
-                vec!["watermark 7", "batch 1 of 1"]
-            }),
-            ("all idle: time goes on by itself", vec![Time(0, 7), Time(1, 3), Idle(0, 50), Idle(1, 40)], {
-                vec!["watermark 3", "watermark 40", "idle 40"]
-            }),
-            ("idle before any row", vec![Idle(0, MIN), Idle(1, MIN)], vec!["idle -9223372036854775808"]),
-            ("a joined table gives no time", vec![Time(2, 1), Time(0, 7), Time(1, 8)], vec!["watermark 7"]),
-        ] {
-            let (mut task, _reports) = task(vec![port(0, 0), port(0, 0), port(0, 1)], vec![Fake::default()]);
-            let mut messages = Vec::new();
-            for told in told {
-                messages.extend(match told {
-                    Time(port, time) => task.port_watermark(port, time).expect(case),
-                    Idle(port, time) => task.port_idle(port, time).expect(case),
-                    Rows(port) => task.batch(port, batch(&[0], Stage::Final)).expect(case),
-                });
-            }
-            assert_eq!(shown(messages), expected, "{case}");
+    /// Each signal on its port gives what is expected.
+    fn gives(names: &[&str], steps: Vec<Step>, signals: &[(usize, Signal, Vec<Signal>)]) {
+        let (mut task, _received) = task(names, steps);
+        for (number, (port, signal, expected)) in signals.iter().enumerate() {
+            assert_eq!(after(&mut task, *port, signal), *expected, "signal {number}: {signal:?} on {}", names[*port]);
         }
     }
 
     #[test]
-    fn a_row_meets_the_time_of_all_inputs_and_not_just_of_its_own() {
-        for (case, other, idle, input, expected) in [
-            ("the other is behind", 4, false, 0, [1, 4, 4]),
-            ("the other is ahead", 99, false, 0, [1, 5, 9]),
-            ("the other has no row yet", MIN, false, 0, [MIN; 3]),
-            ("the other is idle", 4, true, 0, [1, 5, 9]),
-            ("rows of a joined table", 4, false, 1, [1, 5, 9]),
-        ] {
-            let fake = Fake::default();
-            let told = Arc::clone(&fake.told);
-            let (mut task, _reports) = task(vec![port(0, input), port(0, 0)], vec![fake]);
-            task.ports[1].watermark_us = other;
-            task.ports[1].idle_us = idle.then_some(0);
-            task.batch(0, batch(&[1, 5, 9], Stage::Final)).expect(case);
-            assert_eq!(*lock(&told), [format!("input {input}: {expected:?}")], "{case}");
-        }
+    fn event_time_is_that_of_the_slowest_input() {
+        gives(
+            &["a", "b"],
+            vec![],
+            &[
+                (0, Time(10), vec![]),
+                (1, Time(5), vec![Time(5)]),
+                (1, Time(20), vec![Time(10)]),
+                (1, Time(15), vec![]),
+                (0, Time(END), vec![Time(20)]),
+                (1, Time(END), vec![Time(END)]),
+            ],
+        );
     }
 
     #[test]
-    fn later_steps_and_consumers_stay_before_the_rows_that_a_step_holds_back() {
-        let last = Fake::default();
-        let told = Arc::clone(&last.told);
-        let holding =
-            Fake { holds_back_us: Some(8), at_watermark: Some(batch(&[2, 2], Stage::Final)), ..Fake::default() };
-        let (mut task, _reports) = task(vec![port(0, 0)], vec![holding, last]);
-        let messages = task.port_watermark(0, 10).expect("time");
-        assert_eq!(shown(messages), ["batch 1 of 2", "watermark 7"], "rows go before the time that made them");
-        assert_eq!(*lock(&told), ["input 0: [2, 2]", "time 7"]);
-        assert!(task.port_watermark(0, 12).expect("time").is_empty(), "still held back");
+    fn a_row_meets_the_watermark_of_all_inputs() {
+        gives(
+            &["a", "b"],
+            vec![],
+            &[
+                (0, rows(&[7], 5), vec![rows(&[7], MIN)]),
+                (0, Time(5), vec![]),
+                (1, Time(3), vec![Time(3)]),
+                (0, rows(&[8, 9], 5), vec![rows(&[8, 9], 3)]),
+                (1, rows(&[4], 2), vec![rows(&[4], 2)]),
+                (1, Idle(9), vec![Time(5)]),
+                (0, rows(&[8], 6), vec![rows(&[8], 6)]),
+            ],
+        );
     }
 
     #[test]
-    fn a_stateful_step_sees_final_rows_only_and_the_others_are_counted() {
-        for (stage, passed) in [(Stage::Final, 1), (Stage::Partial, 0), (Stage::Revised, 0)] {
-            let (mut task, _reports) =
-                task(vec![port(0, 0)], vec![Fake::default(), Fake { stateful: true, ..Fake::default() }]);
-            let messages = task.batch(0, batch(&[0, 0, 0], stage)).expect("rows");
-            assert_eq!(messages.len(), passed, "{stage:?}");
-            assert_eq!(task.status.dropped_rows.load(Relaxed), if passed == 1 { 0 } else { 3 }, "{stage:?}");
-        }
+    fn an_idle_input_holds_nothing_back_until_it_has_rows_again() {
+        gives(
+            &["a", "b"],
+            vec![],
+            &[
+                (0, Time(10), vec![]),
+                (1, Idle(MIN), vec![Time(10)]),
+                (0, Time(30), vec![Time(30)]),
+                // Its own time is behind, so nothing moves until it has caught up.
+                (1, Time(20), vec![]),
+                (0, Time(40), vec![]),
+                (1, Time(35), vec![Time(35)]),
+            ],
+        );
     }
 
     #[test]
-    fn inputs_are_united_by_name_with_null_where_a_column_is_missing() {
-        let schema = schema_of([("b", FieldType::String), ("a", FieldType::Int)]);
-        let names = StringArray::from(vec!["x"]);
-        let other = RecordBatch::try_new(schema_of([("b", FieldType::String)]), vec![Arc::new(names)]).expect("rows");
-        let other = Batch::new(other, Times::constant(1, 2, 3, 1), Stage::Revised).expect("a batch");
-        for (given, columns, expected) in [
-            (batch(&[3], Stage::Final), [None, Some(0)], r#"{"b":null,"a":0}"#),
-            (other, [Some(0), None], r#"{"b":"x","a":null}"#),
-            (batch(&[3], Stage::Partial), [None, None], r#"{"b":null,"a":null}"#),
-        ] {
-            let united = unite(&given, &schema, &columns).expect("rows");
-            assert_eq!(encode_rows(united.rows()).iter().collect::<Vec<_>>(), [expected]);
-            assert_eq!((united.stage(), united.watermark_us()), (given.stage(), given.watermark_us()));
-        }
+    fn if_all_inputs_are_idle_time_goes_on_and_consumers_hear_of_both_ends() {
+        gives(
+            &["a", "b", "never"],
+            vec![],
+            &[
+                (0, Time(10), vec![]),
+                (1, Time(20), vec![]),
+                (2, Idle(MIN), vec![Time(10)]),
+                (0, Idle(15), vec![Time(20)]),
+                // The one that never had a row has no time that could hold the others.
+                (1, Idle(25), vec![Idle(20)]),
+                (0, Idle(30), vec![Time(25), Idle(25)]),
+                (0, Time(12), vec![Time(25)]),
+                (0, Time(13), vec![]),
+                (0, Idle(40), vec![Idle(25)]),
+                // The rows themselves withdraw it, and a filter may drop them.
+                (0, rows(&[50], 40), vec![rows(&[50], 40), Time(25)]),
+            ],
+        );
+    }
+
+    #[test]
+    fn an_input_at_its_end_does_not_end_one_that_is_idle() {
+        gives(
+            &["a", "b"],
+            vec![],
+            &[
+                (0, Time(10), vec![]),
+                (1, Time(10), vec![Time(10)]),
+                (0, Time(END), vec![]),
+                (1, Idle(12), vec![Time(12), Idle(12)]),
+                (1, rows(&[14], 10), vec![rows(&[14], 10), Time(12)]),
+                (1, Time(END), vec![Time(END)]),
+            ],
+        );
+    }
+
+    #[test]
+    fn rows_leave_before_the_watermark_that_closed_them_and_held_ones_hold_it_back() {
+        let keeps = || Step { keeps: true, ..Step::default() };
+        gives(
+            &["a"],
+            vec![keeps(), Step::default()],
+            &[(0, rows(&[5], MIN), vec![]), (0, Time(5), vec![Time(5)]), (0, Time(6), vec![rows(&[5], MIN), Time(6)])],
+        );
+        gives(
+            &["a"],
+            vec![Step { behind_us: Some(10), ..Step::default() }, keeps()],
+            &[
+                (0, rows(&[80], MIN), vec![]),
+                (0, Time(91), vec![Time(80)]),
+                (0, Time(92), vec![rows(&[80], MIN), Time(81)]),
+            ],
+        );
+    }
+
+    #[test]
+    fn columns_unite_by_name_and_missing_ones_are_null() {
+        let united = schema_of([("x", FieldType::String), ("n", FieldType::Int)]);
+        let one = unite(&batch(vec![1, 2], vec![0, 0]), &united, &[None, Some(0)]).expect("united");
+        assert_eq!(one.json().iter().collect::<Vec<_>>(), [r#"{"x":null,"n":1}"#, r#"{"x":null,"n":2}"#]);
+        assert_eq!(one.event_us(), [1, 2]);
     }
 
     #[tokio::test]
-    async fn a_step_that_fails_stops_its_pipeline_and_lets_barriers_and_the_end_pass() {
-        let (mut task, mut reports) = task(vec![port(0, 0)], vec![Fake { fails: true, ..Fake::default() }]);
-        let mut source = Outlet::default();
-        task.inputs = Inputs::new(vec![source.add(Takes::All)]);
-        let mut consumer = task.outlet.add(Takes::All);
+    async fn a_failed_pipeline_drops_and_counts_rows_and_still_answers_checkpoints() {
+        let mut input = Outlet::default();
+        let (mut task, mut received) = task(&["a"], vec![Step::default()]);
+        task.inputs = Inputs::new(vec![input.add(super::super::edge::Takes::Final)]);
         let status = Arc::clone(&task.status);
+        let mut output = task.outlet.add(super::super::edge::Takes::Final);
+        let barrier = Barrier { checkpoint: 1, last: true };
         for message in [
-            Message::Batch(batch(&[0], Stage::Final), 1),
-            Message::Watermark(10),
-            Message::Batch(batch(&[0, 0], Stage::Final), 2),
-            Message::Barrier(Barrier { checkpoint: 3, last: true }),
+            Message::Batch(batch(vec![1], vec![0]), 1),
+            Message::Batch(batch(vec![13], vec![0]), 2),
+            Message::Batch(batch(vec![2, 3], vec![0, 0]), 3),
+            Message::Watermark(7),
+            Message::Barrier(barrier),
             Message::End,
         ] {
-            source.send(message).await;
+            input.send(message).await;
         }
         task.run().await;
-        let mut seen = Vec::new();
-        while let Some(message) = consumer.recv().await {
-            seen.push(message);
-        }
-        assert_eq!(shown(seen), ["barrier 3", "end"]);
-        assert_eq!(status.state(), NodeState::Failed("broken".to_owned()));
-        assert_eq!(status.dropped_rows.load(Relaxed), 2, "rows after the failure");
-        assert!(matches!(reports.recv().await, Some(Report::Prepared(key, 3, Ok(_))) if key == "pipeline/load"));
+        assert!(matches!(output.recv().await, Some(Message::Batch(batch, 1)) if batch.event_us() == [1]));
+        assert!(matches!(output.recv().await, Some(Message::Barrier(one)) if one == barrier));
+        assert!(matches!(output.recv().await, Some(Message::End)));
+        assert!(matches!(received.recv().await, Some(Report::Prepared(key, 1, Ok(_))) if key == "pipeline/p"));
+        assert!(matches!(status.state(), NodeState::Failed(reason) if reason == "13"));
+        assert_eq!(status.dropped_rows.load(Relaxed), 2);
     }
 
     #[tokio::test]
-    async fn a_restored_pipeline_goes_on_where_its_checkpoint_was() {
-        let ports = || vec![port(0, 0), port(0, 0)];
-        let (mut before, mut reports) = task(ports(), vec![Fake::default(), Fake::default()]);
-        before.port_watermark(0, 20).expect("time");
-        before.port_watermark(1, 10).expect("time");
-        before.batch(0, batch(&[0, 0], Stage::Final)).expect("rows");
-        before.barrier(Barrier { checkpoint: 1, last: false }).await;
-        let Some(Report::Prepared(_, 1, Ok(state))) = reports.recv().await else { panic!("no state") };
-
-        for (case, ports, expected) in [
-            ("the same inputs", ports(), vec!["watermark 15"]),
-            ("an input more, which has no time yet", vec![port(0, 0), port(0, 0), port(0, 0)], vec![]),
-        ] {
-            let steps = [Fake::default(), Fake::default()];
-            let told = steps.each_ref().map(|step| Arc::clone(&step.told));
-            let (mut after, _reports) = task(ports, steps.into());
-            after.restore(&state).expect(case);
-            assert!(told.iter().all(|told| *lock(told) == ["restored 2 rows"]), "{case}");
-            assert!(after.port_watermark(0, 5).expect(case).is_empty(), "{case}");
-            assert_eq!(shown(after.port_watermark(1, 15).expect(case)), expected, "{case}");
-            let messages = after.batch(0, batch(&[0], Stage::Final)).expect(case);
-            assert_eq!(shown(messages), ["batch 2 of 1"], "{case}: numbers go on");
-            for end in 0..state.len() {
-                let (mut damaged, _reports) = task(vec![port(0, 0)], vec![Fake::default(), Fake::default()]);
-                assert!(damaged.restore(&state[..end]).is_err(), "{end} of {} bytes", state.len());
-            }
+    async fn a_restored_pipeline_goes_on_where_the_snapshot_was_taken() {
+        let (mut one, mut received) = task(&["a", "b"], vec![Step::default()]);
+        for (port, signal) in [(0, rows(&[1], MIN)), (0, Time(10)), (1, Time(20))] {
+            after(&mut one, port, &signal);
+        }
+        one.barrier(Barrier { checkpoint: 3, last: false }).await;
+        let Some(Report::Prepared(_, 3, Ok(state))) = received.recv().await else { panic!("no state") };
+        let (mut other, _received) = task(&["a", "b"], vec![Step::default()]);
+        other.restore(&state).expect("a state");
+        assert_eq!((other.number, other.watermark_us, other.forwarded_us), (1, 10, 10));
+        for (port, signal) in [(0, Time(15)), (1, rows(&[30], 20)), (0, Time(40))] {
+            assert_eq!(after(&mut one, port, &signal), after(&mut other, port, &signal), "{signal:?}");
+        }
+        for length in 0..state.len() {
+            assert!(task(&["a", "b"], vec![Step::default()]).0.restore(&state[..length]).is_err(), "cut to {length}");
         }
     }
 }
