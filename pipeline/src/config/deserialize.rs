@@ -547,9 +547,9 @@ mod tests {
             (
                 "count: many\nname: [a]\nratio: high",
                 vec![
-                    "1:8: error: expected u32, found `many`",
+                    "1:8: error: expected a whole number from 0, found `many`",
                     "2:7: error: expected a string, found a list",
-                    "3:8: error: expected f64, found `high`",
+                    "3:8: error: expected a number, found `high`",
                 ],
             ),
             (
@@ -557,7 +557,7 @@ mod tests {
                 vec![
                     "1:1: error: `name` is missing",
                     "1:1: error: unknown key `nam` hint: did you mean `name`?",
-                    "2:8: error: expected u32, found `-1`",
+                    "2:8: error: expected a whole number from 0, found `-1`",
                     "3:1: error: unknown key `zzzzzzzzz` hint: one of `name`, `count`, `ratio`, `mode`, `every`, `inner`, `list`, \
                  `numbers`, `place`",
                 ],
@@ -571,33 +571,39 @@ mod tests {
             ),
             (
                 "name: a\ncount: 1\nmode: {sampled: x}\nratio: y",
-                vec!["3:17: error: expected u8, found `x`", "4:8: error: expected f64, found `y`"],
+                vec![
+                    "3:17: error: expected a whole number from 0, found `x`",
+                    "4:8: error: expected a number, found `y`",
+                ],
             ),
             ("name: a\ncount: 1\nmode: {fast: 1}", vec!["3:14: error: this name takes no value"]),
             (
                 "name: a\ncount: 1\nmode: {shaped: {width: 300}}\nratio: y",
-                vec!["3:24: error: expected u8, found `300`", "4:8: error: expected f64, found `y`"],
+                vec![
+                    "3:24: error: expected a whole number from 0, found `300`",
+                    "4:8: error: expected a number, found `y`",
+                ],
             ),
             (
                 "inner: {on: 3}\nname: a\ncount: x",
                 vec![
                     "1:8: error: `size` is missing",
                     "1:13: error: expected a boolean, found `3`",
-                    "3:8: error: expected u32, found `x`",
+                    "3:8: error: expected a whole number from 0, found `x`",
                 ],
             ),
             (
                 "inner: {sise: 3, size: 256}\nname: a\ncount: x",
                 vec![
                     "1:9: error: unknown key `sise` hint: did you mean `size`?",
-                    "1:24: error: expected u8, found `256`",
-                    "3:8: error: expected u32, found `x`",
+                    "1:24: error: expected a whole number from 0, found `256`",
+                    "3:8: error: expected a whole number from 0, found `x`",
                 ],
             ),
             (
                 "name: a\ncount: 1\nlist:\n  - {size: a}\n  - {on: true}\n  - 5\n  - {size: 1, of: 1}",
                 vec![
-                    "4:12: error: expected u8, found `a`",
+                    "4:12: error: expected a whole number from 0, found `a`",
                     "5:5: error: `size` is missing",
                     "6:5: error: expected a mapping with `size`, `on`, found `5`",
                     "7:15: error: unknown key `of` hint: did you mean `on`?",
@@ -606,14 +612,14 @@ mod tests {
             (
                 "name: a\ncount: 1\nnumbers: [1, x, 2, 1.5, '3']",
                 vec![
-                    "3:14: error: expected i64, found `x`",
-                    "3:20: error: expected i64, found `1.5`",
-                    "3:25: error: expected i64, found `3`",
+                    "3:14: error: expected a whole number, found `x`",
+                    "3:20: error: expected a whole number, found `1.5`",
+                    "3:25: error: expected a whole number, found `3`",
                 ],
             ),
             (
                 "name:\ncount: 1\nratio: true",
-                vec!["1:5: error: expected a string, found nothing", "3:8: error: expected f64, found `true`"],
+                vec!["1:5: error: expected a string, found nothing", "3:8: error: expected a number, found `true`"],
             ),
         ] {
             assert_eq!(problems(text), expected, "{text}");

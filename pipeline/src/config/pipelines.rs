@@ -487,7 +487,8 @@ mod tests {
                 vec![
                     "2:3: error: pipeline p: `from` is missing",
                     "2:14: error: pipeline p: unknown key `stps` hint: one of `from`, `to`, `key`",
-                    "3:23: error: pipeline q: `steps` must be a list, found a mapping",
+                    "3:23: error: pipeline q: `steps` must be a list, found a mapping hint: start each step with its own `- `: \
+                     `- filter: x > 0`",
                 ],
             ),
             (

@@ -297,11 +297,6 @@ mod tests {
         }
         assert!(parse("{n: , p: f(x), m: }").is_ok(), "keys without values are for others to judge");
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
 
     /// The problems of a text, one line each.
     fn problems(text: &str) -> Vec<String> {

@@ -290,22 +290,8 @@ fn a_path_or_a_history_folder_belongs_to_one() {
             vec!["6:3: error: sink s: the path `/health` belongs to the program itself"],
         ),
         ("", "folder: h", "folder: i", vec![]),
-        (
-            "",
-            "folder: h",
-            "folder: /f/h",
-            vec![
-                "7:3: error: sink t: the folder `/f/h` is the history of sink `s` already hint: give each its own `path`",
-            ],
-        ),
-        (
-            "",
-            "folder: h",
-            "folder: ./h/",
-            vec![
-                "7:3: error: sink t: the folder `/f/./h/` is the history of sink `s` already hint: give each its own `path`",
-            ],
-        ),
+        ("", "folder: h", "folder: /f/h", vec!["7:3: error: sink t: the folder `/f/h` is taken by sink s already"]),
+        ("", "folder: h", "folder: ./h/", vec!["7:3: error: sink t: the folder `/f/./h/` is taken by sink s already"]),
     ] {
         let a = format!("a: {{type: table, fields: {{n: int}}{source}}}");
         let (s, t) = (format!("s: {{type: store, {s}}}"), format!("t: {{type: store, {t}}}"));
