@@ -344,7 +344,7 @@ fn text_that_is_no_yaml_is_told_with_its_place() {
     let windows = format!("\u{feff}{}", GOOD.replace("PORT", "8080").replace('\n', "\r\n"));
     folder.write("x.yaml", &windows);
     let output = program::run(folder.path(), &["check", "x.yaml"]);
-    assert_eq!(text(&output.stdout), "x.yaml: ok, 1 sources, 1 pipelines, 2 sinks\n");
+    assert_eq!(text(&output.stdout), "x.yaml: ok, 1 source, 1 pipeline, 2 sinks\n");
 }
 
 /// Servers that refuse at once, each with a password; and values that are wrong.

@@ -84,17 +84,18 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)?;
+        let mut told = self.message.clone();
         let mut cause: Option<&(dyn StdError + 'static)> = self.source.as_deref().map(|e| e as _);
         while let Some(error) = cause {
             let text = error.to_string();
             // Libraries often repeat the cause in their own message.
-            if !self.message.contains(&text) {
-                write!(f, ": {text}")?;
+            if !told.contains(&text) {
+                told.push_str(": ");
+                told.push_str(&text);
             }
             cause = error.source();
         }
-        Ok(())
+        f.write_str(&told)
     }
 }
 

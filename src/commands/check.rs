@@ -23,11 +23,16 @@ impl Check {
             return Err(Failure::user(loaded.summary()));
         };
         print(&format!(
-            "{}: ok, {} sources, {} pipelines, {} sinks\n",
+            "{}: ok, {}, {}, {}\n",
             loaded.path.display(),
-            graph.sources.len(),
-            graph.pipelines.len(),
-            graph.sinks.len()
+            counted(graph.sources.len(), "source"),
+            counted(graph.pipelines.len(), "pipeline"),
+            counted(graph.sinks.len(), "sink")
         ))
     }
+}
+
+/// `1 sources` reads badly.
+fn counted(number: usize, thing: &str) -> String {
+    format!("{number} {thing}{}", if number == 1 { "" } else { "s" })
 }

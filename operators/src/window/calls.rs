@@ -395,8 +395,9 @@ impl<'a> Calls<'a> {
             .map_err(describe)?;
         function.create_accumulator().map_err(describe)?;
         if buffers_rows(&call.name, call.distinct) {
+            let distinct = if call.distinct { "(DISTINCT …)" } else { "" };
             self.notes.push(format!(
-                "`{}` keeps every row of its open windows, at most {} MiB",
+                "`{}{distinct}` keeps every row of its open windows, at most {} MiB",
                 call.name,
                 FUNCTION_BYTES_MAX >> 20
             ));

@@ -385,7 +385,8 @@ fn step_entries(steps: Node, cx: &mut CheckContext<'_>) -> Vec<StepEntry> {
         options: None,
     };
     let Value::Sequence(items) = steps.value else {
-        cx.error(steps.position, format!("`steps` must be a list, found {}", steps.kind()));
+        let hint = "start each step with its own `- `: `- filter: x > 0`".to_owned();
+        cx.error_hint(steps.position, format!("`steps` must be a list, found {}", steps.kind()), Some(hint));
         return vec![no_step(steps.position, "steps")];
     };
     let mut list = Vec::new();
@@ -404,4 +405,118 @@ fn step_entries(steps: Node, cx: &mut CheckContext<'_>) -> Vec<StepEntry> {
         }
     }
     list
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> (Pipelines, Vec<String>) {
+        let mut problems = Problems::default();
+        let lookup = |name: &str| (name == "KIND").then(|| "mqtt".to_owned());
+        let file = parse(text, Path::new("/folder"), &lookup, &mut problems);
+        (file, problems.sorted().iter().map(|problem| problem.to_string().replace("\n  ", " ")).collect())
+    }
+
+    #[test]
+    fn a_file_is_read_with_its_places_and_defaults() {
+        let (file, problems) = read(concat!(
+            "server: {listen: '0.0.0.0:80'}\n",
+            "sinks:\n",
+            "sources:\n",
+            "  devices: {type: \"${KIND}\", url: here, event_time: {field: ts}}\n",
+            "pipelines:\n",
+            "  load:\n",
+            "    from: devices\n",
+            "    to: [live, history]\n",
+            "    steps:\n",
+            "      - filter: x > 0\n",
+            "      - window: {size: 1s}\n",
+        ));
+        assert_eq!(problems, Vec::<String>::new());
+        assert_eq!((file.server.listen.as_str(), file.checkpoint.dir.as_str()), ("0.0.0.0:80", "state"));
+        let source = &file.sources[0];
+        assert_eq!((source.name.as_str(), source.common.type_name.as_str()), ("devices", "mqtt"));
+        assert!(source.options.get("url").is_some() && source.options.get("type").is_none());
+        let pipeline = &file.pipelines[0];
+        let places = |names: &OneOrMany| {
+            names
+                .0
+                .iter()
+                .map(|name| (name.value.clone(), name.position.line, name.position.column))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(places(&pipeline.config.from), [("devices".to_owned(), 7, 11)]);
+        assert_eq!(places(&pipeline.config.to), [("live".to_owned(), 8, 10), ("history".to_owned(), 8, 16)]);
+        let steps: Vec<&str> = pipeline.steps.iter().map(|step| step.name.as_str()).collect();
+        assert_eq!(steps, ["filter", "window"]);
+        assert!(file.sinks.is_empty());
+    }
+
+    #[test]
+    fn what_is_wrong_in_one_entry_hides_nothing_in_another() {
+        for (text, expected) in [
+            ("- a", vec!["1:1: error: the file must be a mapping with `sources`, `pipelines` and `sinks`"]),
+            ("source: {}", vec!["1:1: error: unknown key `source` hint: did you mean `sources`?"]),
+            ("sources: [a]", vec!["1:10: error: `sources` must be a mapping from names to sources"]),
+            (
+                "server: {port: 80}\ncheckpoint: {every: soon}",
+                vec![
+                    "1:10: error: server: unknown key `port` hint: one of `listen`",
+                    "2:21: error: checkpoint: `soon` is no duration; write a number and a unit: `500ms`, `3s`, `5m`, `2h`, `1d`",
+                ],
+            ),
+            (
+                "sources:\n  1st: {type: a}\n  b: text\n  c: {url: x}",
+                vec![
+                    "2:3: error: source 1st: `1st` is no name hint: letters, digits and underscores, not starting with a digit",
+                    "3:6: error: source b: expected a mapping, found `text`",
+                    "4:3: error: source c: `type` is missing",
+                ],
+            ),
+            (
+                "sources:\n  a: {type: x, event_time: {feild: ts}, on_demand: 3}",
+                vec![
+                    "2:28: error: source a: `field` is missing",
+                    "2:29: error: source a: unknown key `feild` hint: did you mean `field`?",
+                    "2:52: error: source a: expected a boolean, found `3`",
+                ],
+            ),
+            (
+                "pipelines:\n  p: {to: a, stps: []}\n  q: {from: 5, steps: {a: 1}}",
+                vec![
+                    "2:3: error: pipeline p: `from` is missing",
+                    "2:14: error: pipeline p: unknown key `stps` hint: one of `from`, `to`, `key`",
+                    "3:23: error: pipeline q: `steps` must be a list, found a mapping hint: start each step with its own `- `: \
+                     `- filter: x > 0`",
+                ],
+            ),
+            (
+                "pipelines:\n  p:\n    from: a\n    steps:\n      - filter\n      - {a: 1, b: 2}\n      - c: 1",
+                vec![
+                    "5:9: error: pipeline p: a step is one operator with its options hint: start each step with its own `- `: \
+                 `- filter: x > 0`",
+                    "6:9: error: pipeline p: a step is one operator with its options hint: start each step with its own `- `: \
+                 `- filter: x > 0`",
+                ],
+            ),
+            (
+                "sinks:\n  s: {}\n  t: {type: [x]}",
+                vec!["2:3: error: sink s: `type` is missing", "3:13: error: sink t: expected a string, found a list"],
+            ),
+        ] {
+            assert_eq!(read(text).1, expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn steps_and_options_are_kept_where_other_keys_are_wrong() {
+        let (file, problems) = read(concat!(
+            "sources: {a: {type: x, on_demand: 3, url: y}}\n",
+            "pipelines: {p: {from: [a, {b: 1}], steps: [{filter: z}]}}\n",
+        ));
+        assert_eq!(problems.len(), 2, "{problems:?}");
+        assert!(file.sources[0].options.get("url").is_some());
+        assert_eq!((file.pipelines[0].config.from.0.len(), file.pipelines[0].steps.len()), (1, 1));
+    }
 }

@@ -106,6 +106,13 @@ impl Scalar {
     }
 }
 
+/// What usually is behind a message of the YAML parser.
+const HINTS: [(&str, &str); 3] = [
+    ("did not find expected key", "indent it as the lines around it"),
+    ("mapping values are not allowed", "indent it as the lines around it; a text that holds `: ` needs quotes"),
+    ("tabs disallowed", "indent with spaces"),
+];
+
 /// Parses one YAML document without a mistake. An empty text is an empty mapping.
 pub fn parse(text: &str) -> Result<Node, Vec<Problem>> {
     let mut problems = Vec::new();
@@ -178,7 +185,7 @@ impl<'a> Builder<'a> {
             Event::MappingStart(anchor, _) => (self.mapping(depth)?, anchor),
             Event::Alias(anchor) => {
                 let node = self.anchors.get(&anchor).cloned().ok_or_else(|| syntax(position, "unknown alias"))?;
-                self.count(size(&node), depth, position)?;
+                self.count(size(&node), depth + height(&node), position)?;
                 return Ok(node);
             }
             _ => return Err(syntax(position, "a value is missing here")),
@@ -247,6 +254,16 @@ fn size(node: &Node) -> usize {
     }
 }
 
+/// Levels below a node.
+fn height(node: &Node) -> usize {
+    let below = |nodes: &mut dyn Iterator<Item = &Node>| nodes.map(|node| 1 + height(node)).max().unwrap_or(0);
+    match &node.value {
+        Value::Scalar(_) => 0,
+        Value::Sequence(items) => below(&mut items.iter()),
+        Value::Mapping(entries) => below(&mut entries.iter().map(|(_, node)| node)),
+    }
+}
+
 fn start(span: &Span) -> Position {
     place(span.start.line(), span.start.col())
 }
@@ -258,5 +275,95 @@ fn place(line: usize, column: usize) -> Position {
 
 fn syntax(position: Position, message: impl Into<String>) -> Box<Problem> {
     let message = message.into();
-    Box::new(Problem { position, severity: Severity::Error, node: String::new(), message, hint: None })
+    let hint = HINTS.iter().find(|(part, _)| message.contains(part)).map(|(_, hint)| (*hint).to_owned());
+    Box::new(Problem { position, severity: Severity::Error, node: String::new(), message, hint })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn common_slips_of_yaml_are_told_with_their_cure() {
+        for (text, place, hint) in [
+            ("a:\n  b: 1\n c: 2", "3:2", "indent it as the lines around it"),
+            ("a: round(x): y", "1:12", "a text that holds `: ` needs quotes"),
+            ("a:\n\tb: 1", "2:2", "indent with spaces"),
+            ("{n: count(), p: percentile(x, 0.5), m: max(x)}", "1:31", "put a text with a comma in quotes"),
+        ] {
+            let problems = parse(text).expect_err(text);
+            let told: String = problems.iter().map(|problem| format!("{problem}\n")).collect();
+            assert!(problems.len() == 1 && told.starts_with(place) && told.contains(hint), "{text}: {told}");
+        }
+        assert!(parse("{n: , p: f(x), m: }").is_ok(), "keys without values are for others to judge");
+    }
+
+    /// The problems of a text, one line each.
+    fn problems(text: &str) -> Vec<String> {
+        parse(text).err().unwrap_or_default().iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn what_is_wrong_with_the_text_is_told_with_its_place() {
+        let deep = "[".repeat(DEPTH_MAX + 2) + &"]".repeat(DEPTH_MAX + 2);
+        for (text, expected) in [
+            (
+                "a: 1\nb: 2\na: 3\nb: 4",
+                vec!["3:1: error: `a` is already given on line 1", "4:1: error: `b` is already given on line 2"],
+            ),
+            ("a: 1\n---\nb: 2", vec!["3:1: error: a second YAML document; the file holds one"]),
+            ("a: *b", vec!["1:4: error: "]),
+            ("a: [1, 2\nb: 3", vec!["2:"]),
+            ("a: 'open", vec!["1:"]),
+            ("a: b: c", vec!["1:"]),
+            ("? [a]\n: 1", vec!["1:3: error: a key must be a plain name"]),
+            (&deep, vec!["1:66: error: nested deeper than 64 levels"]),
+        ] {
+            let found = problems(text);
+            assert_eq!(found.len(), expected.len(), "{text}: {found:?}");
+            for (found, expected) in found.iter().zip(expected) {
+                assert!(found.starts_with(expected), "{text}: {found}");
+            }
+        }
+    }
+
+    #[test]
+    fn aliases_count_as_often_and_as_deep_as_they_are_used() {
+        let level = |at: usize, times: usize, opened: usize| {
+            let aliases = vec![format!("*a{}", at - 1); times].join(", ");
+            format!("a{at}: &a{at} {}{aliases}{}\n", "[".repeat(opened), "]".repeat(opened))
+        };
+        let chain = |levels, times, opened| {
+            (1..=levels).fold("a0: &a0 x\n".to_owned(), |text, at| text + &level(at, times, opened))
+        };
+        for (case, text, expected) in [
+            ("few", chain(3, 9, 1), None),
+            ("a bomb", chain(9, 9, 1), Some("more than 100000 values")),
+            ("a deep one", chain(9, 1, 10), Some("nested deeper than 64 levels")),
+        ] {
+            let found = problems(&text);
+            match expected {
+                None => assert!(found.is_empty(), "{case}: {found:?}"),
+                Some(expected) => assert!(found.len() == 1 && found[0].contains(expected), "{case}: {found:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_text_without_values_is_an_empty_mapping() {
+        for text in ["", "\n\n", "# only a comment\n", "---\n", "~", "{}"] {
+            let node = parse(text).expect(text);
+            assert_eq!(node.mapping().map(<[_]>::len), Some(0), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn every_node_knows_its_place() {
+        let node = parse("# ä\na:\n  - x\n  - {k: 'y'}\né: \"z\"\n").expect("YAML");
+        let at = |node: &Node| (node.position.line, node.position.column);
+        let Some(Value::Sequence(items)) = node.get("a").map(|a| &a.value) else { panic!("no list") };
+        assert_eq!(items.iter().map(at).collect::<Vec<_>>(), [(3, 5), (4, 5)]);
+        assert_eq!(items[1].get("k").map(at), Some((4, 9)));
+        assert_eq!(node.get("é").map(at), Some((5, 4)));
+    }
 }

@@ -359,9 +359,18 @@ impl<'de> Deserialize<'de> for FieldType {
 
 /// A type, or what is wrong with the word and what it may have meant.
 fn parse_type(text: &str) -> Result<FieldType, String> {
-    let hinted =
-        |wrong: String| did_you_mean(text, TYPE_WORDS).map_or(wrong.clone(), |hint| format!("{wrong}; {hint}"));
-    text.parse().map_err(hinted)
+    let other_word = match text.to_lowercase().as_str() {
+        "integer" | "bigint" | "long" | "int64" | "int32" | "number" => Some("int"),
+        "double" | "real" | "float64" | "float32" => Some("float"),
+        "text" | "str" | "varchar" | "utf8" => Some("string"),
+        "datetime" | "time" => Some("timestamp"),
+        "numeric" => Some("decimal(18,2)"),
+        "object" | "array" | "list" | "jsonb" => Some("json"),
+        _ => None,
+    };
+    let hint = other_word.map(|word| format!("did you mean `{word}`?")).or_else(|| did_you_mean(text, TYPE_WORDS));
+    let hinted = |wrong| hint.map_or(format!("{wrong}"), |hint| format!("{wrong}; {hint}"));
+    text.parse().map_err(|wrong: String| hinted(wrong))
 }
 
 impl JsonSchema for FieldType {

@@ -275,12 +275,16 @@ impl<'a> Checker<'a> {
 
     fn sink_indices(&self, entry: &PipelineEntry) -> Vec<usize> {
         let position = |name: &At<String>| self.file.sinks.iter().position(|sink| sink.name.value == name.value);
-        let mut indices: Vec<usize> = entry.config.to.0.iter().filter_map(position).collect();
-        indices.dedup();
+        let mut indices: Vec<usize> = Vec::new();
+        for index in entry.config.to.0.iter().filter_map(position) {
+            if !indices.contains(&index) {
+                indices.push(index);
+            }
+        }
         indices
     }
 
-    /// Finds a producer by name. Its shape is `None` if it has errors itself.
+    /// Finds a producer by name. Its shape is `None` if it has errors itself, or is a source that `sources` leaves out.
     fn producer(
         &mut self,
         name: &At<String>,
@@ -290,7 +294,8 @@ impl<'a> Checker<'a> {
     ) -> Option<(Producer, Option<StreamShape>)> {
         match self.names.get(name.value.as_str()) {
             Some(Named::Source(index)) => {
-                let shape = sources[*index].as_ref().map(|source| StreamShape {
+                let source = sources.get(*index).and_then(Option::as_ref);
+                let shape = source.map(|source| StreamShape {
                     schema: Arc::clone(&source.shape.schema),
                     keys: Vec::new(),
                     windowed: false,

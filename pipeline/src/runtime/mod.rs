@@ -248,6 +248,7 @@ impl Starter {
             number: 0,
             watermark_us: i64::MIN,
             forwarded_us: i64::MIN,
+            told_idle: false,
             failed: false,
             failed_rows: 0,
             key,
