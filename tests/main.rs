@@ -10,5 +10,6 @@ mod http;
 mod live;
 mod mqtt;
 mod redis;
+mod replay;
 mod sql;
 mod support;

@@ -282,7 +282,7 @@ mod tests {
     #[test]
     fn common_slips_of_yaml_are_told_with_their_cure() {
         for (text, place, hint) in [
-            ("a:\n  b: 1\n c: 2", "3:3", "indent it as the lines around it"),
+            ("a:\n  b: 1\n c: 2", "3:2", "indent it as the lines around it"),
             ("a: round(x): y", "1:12", "a text that holds `: ` needs quotes"),
             ("a:\n\tb: 1", "2:2", "indent with spaces"),
             ("{n: count(), p: percentile(x, 0.5), m: max(x)}", "1:17", "a text with a comma needs quotes"),
