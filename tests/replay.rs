@@ -16,10 +16,10 @@ use crate::support::{Scratch, free_port, wait_for};
 
 const ROWS: usize = 20_000;
 const SECOND: i64 = 1_000_000;
-/// 2026-11-20T10:00:00Z; a whole hour, so that running totals are reset within the rows.
-const START_US: i64 = 1_795_168_800 * SECOND;
+/// 2026-11-20T10:40:00Z, so that running totals, which start anew every hour, do so within the rows.
+const START_US: i64 = 1_795_171_200 * SECOND;
 /// The rows spread over so much event time.
-const SPAN_US: i64 = 90 * 60 * SECOND;
+const SPAN_US: i64 = 40 * 60 * SECOND;
 /// How far a row may come after a newer one.
 const DISORDER_US: i64 = 5 * SECOND;
 
@@ -218,12 +218,14 @@ fn windows<'a>(name: &str, rows: &'a [Row]) -> BTreeMap<Id, Vec<&'a Row>> {
             (0..6).map(|back| newest - back * 10 * SECOND).for_each(|start| put(start, start + 60 * SECOND, row));
         }),
         "total" => {
-            let tick = |row: &Row| floor(row.us, 60 * SECOND) + 60 * SECOND;
-            let ticks: BTreeSet<(&str, i64)> = rows.iter().map(|row| (row.device.as_str(), tick(row))).collect();
-            for (device, end) in ticks {
-                let start = floor(end - 1, 3600 * SECOND);
-                let of_device = rows.iter().filter(|row| row.device == device);
-                of_device.filter(|row| (start..end).contains(&row.us)).for_each(|row| put(start, end, row));
+            let mut devices: BTreeMap<&str, Vec<&Row>> = BTreeMap::new();
+            rows.iter().for_each(|row| devices.entry(row.device.as_str()).or_default().push(row));
+            for rows in devices.values() {
+                let ends: BTreeSet<i64> = rows.iter().map(|row| floor(row.us, 60 * SECOND) + 60 * SECOND).collect();
+                for end in ends {
+                    let start = floor(end - 1, 3600 * SECOND);
+                    rows.iter().filter(|row| (start..end).contains(&row.us)).for_each(|row| put(start, end, row));
+                }
             }
         }
         _ => sessions(rows).into_iter().for_each(|(start, end, row)| put(start, end, row)),
