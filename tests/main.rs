@@ -4,12 +4,16 @@
 #![allow(unreachable_pub)]
 
 mod benches;
+mod command_line;
 mod dashboard;
+mod default_graph;
 mod examples;
 mod http;
 mod live;
 mod mqtt;
 mod redis;
 mod replay;
+mod restart;
 mod sql;
 mod support;
+mod tidy;

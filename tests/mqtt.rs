@@ -169,7 +169,7 @@ async fn topics_and_messages_become_rows() {
         assert_eq!(decoded.record_of_row, [0, 2, 2, 4]);
         let errors: Vec<_> = decoded.errors.iter().map(|e| (e.message.as_str(), e.payload.as_str())).collect();
         assert_eq!(errors[0], ("field `latency_ms`: expected float, found \"x\"", r#"{"latency_ms":"x"}"#));
-        assert_eq!(errors[1].0, "item 1 of the array: field `latency_ms`: expected float, found an array");
+        assert_eq!(errors[1].0, "item 1 of the array: field `latency_ms`: expected float, found []");
         assert!(errors[2].0.starts_with("malformed JSON") && errors[2].1 == "no json", "{errors:?}");
         connection.acknowledge(&records).await;
     }
@@ -566,7 +566,7 @@ fn a_wrong_source_is_told_with_the_place() {
         ("url: mqtt://h\ntopics: [\"{payload}/t\"]", "the source has a column `payload` already"),
         ("url: mqtt://h\ntopics: [t]\nsession: lasting", "unknown value `lasting`"),
     ] {
-        let problems = source_config(yaml).err().expect(yaml);
+        let Err(problems) = source_config(yaml) else { panic!("{yaml}") };
         assert!(problems.contains(expected), "{yaml}:\n{problems}");
     }
 }
@@ -688,7 +688,7 @@ async fn a_sink_publishes_every_row_to_its_topic() {
         patiently("delivery", sink.deliver(1, &sink_rows(&[Some("last")]), 8)).await.expect("delivered");
         let printed = wait_for("the last message", || {
             let printed = subscriber.printed();
-            printed.contains("m/other/last").then_some(printed)
+            printed.lines().any(|line| line.starts_with("m/other/last")).then_some(printed)
         });
         let found: Vec<&str> = printed.lines().filter(|line| line.starts_with("m/")).collect();
         let mut expected: Vec<String> =

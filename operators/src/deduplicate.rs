@@ -63,14 +63,19 @@ impl OperatorConfig for DeduplicateConfig {
     const PAGE: &'static str = PAGE;
     const EXAMPLE: &'static str = "deduplicate: {key: [device_id, ts], window: 10m}";
 
+    fn keeps_columns(&self) -> bool {
+        true
+    }
+
     fn plan(&self, inputs: &[StreamShape], cx: &mut CheckContext<'_>) -> Option<Planned> {
         let shape = inputs.first()?.clone();
         let key = key_columns(&self.key, "key", &shape.schema, cx);
         if self.window.as_us() == 0 {
             cx.error(self.window.position, "`window` must be longer than nothing");
-            return None;
+            return Some(Planned::broken(shape));
         }
-        let operator = Deduplicate::new(key?, self.window.as_us(), ROWS_MAX);
+        let Some(key) = key else { return Some(Planned::broken(shape)) };
+        let operator = Deduplicate::new(key, self.window.as_us(), ROWS_MAX);
         Some(Planned { shape, operator: Box::new(operator) })
     }
 }
@@ -191,7 +196,10 @@ impl Operator for Deduplicate {
     }
 
     fn watermark(&mut self, time_us: i64, _: &mut Output) -> Result<()> {
-        self.forget_until(time_us.saturating_sub(self.window_us));
+        // The end of all rows takes no room: after a drain, what has passed is still known to the next run.
+        if time_us != i64::MAX {
+            self.forget_until(time_us.saturating_sub(self.window_us));
+        }
         Ok(())
     }
 

@@ -44,9 +44,13 @@ impl OperatorConfig for FilterConfig {
     const PAGE: &'static str = PAGE;
     const EXAMPLE: &'static str = "filter: latency_ms >= 0";
 
+    fn keeps_columns(&self) -> bool {
+        true
+    }
+
     fn plan(&self, inputs: &[StreamShape], cx: &mut CheckContext<'_>) -> Option<Planned> {
         let shape = inputs.first()?.clone();
-        let condition = cx.condition(&self.0, &shape.schema)?;
+        let Some(condition) = cx.condition(&self.0, &shape.schema) else { return Some(Planned::broken(shape)) };
         Some(Planned { shape, operator: Box::new(Filter { condition }) })
     }
 }

@@ -83,11 +83,13 @@ impl OperatorConfig for JoinConfig {
         let main_on = key_columns(&self.on, "on", &main.schema, cx);
         let side_on = self.side_on(side, cx);
         let columns = self.columns(side, cx);
-        let (main_on, side_on) = (main_on?, side_on?);
+        let (Some(main_on), Some(side_on)) = (main_on, side_on) else {
+            return Some(Planned::broken(main.clone()));
+        };
         self.check_types(main, side, &main_on, &side_on, cx);
         let added = self.added(main, side, &columns, cx);
         if cx.errors() > errors_before {
-            return None;
+            return Some(Planned::broken(main.clone()));
         }
         let fields: Vec<Field> = main.schema.fields().iter().map(|f| f.as_ref().clone()).chain(added).collect();
         let shape = StreamShape { schema: SchemaRef::new(Schema::new(fields)), ..main.clone() };

@@ -1,7 +1,7 @@
 //! `select`: computes columns, and says which columns go on under which names.
 
 use arrow::array::{ArrayRef, RecordBatch};
-use arrow::datatypes::{Field, Schema, SchemaRef};
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use indexmap::IndexMap;
 use pipeline::batch::Batch;
 use pipeline::config::{At, CheckContext};
@@ -107,12 +107,12 @@ select:
         let expressions = self.expressions(&input.schema, cx);
         self.check_names(&input.schema, cx);
         if cx.errors() > errors_before {
-            return None;
+            return Some(Planned::broken(self.known_shape(input)));
         }
         let chosen = self.chosen(&input.schema);
         self.check_chosen(&chosen, cx);
         if cx.errors() > errors_before {
-            return None;
+            return Some(Planned::broken(self.known_shape(input)));
         }
         let fields: Vec<Field> = chosen
             .iter()
@@ -131,6 +131,24 @@ select:
 }
 
 impl SelectConfig {
+    /// What a step with problems may emit: every input column and every new name.
+    fn known_shape(&self, input: &StreamShape) -> StreamShape {
+        let mut fields: Vec<Field> = input.schema.fields().iter().map(|field| field.as_ref().clone()).collect();
+        let renamed = self.rename.iter().map(|(new, old)| match input.schema.field_with_name(old) {
+            Ok(field) => field.clone().with_name(new),
+            Err(_) => Field::new(new, DataType::Null, true),
+        });
+        let derived = self.derive.iter().map(|(name, text)| match Expression::compile(text, &input.schema) {
+            Ok(expression) => expression.field(name),
+            Err(_) => Field::new(name, DataType::Null, true),
+        });
+        for field in renamed.chain(derived) {
+            fields.retain(|other| other.name() != field.name());
+            fields.push(field);
+        }
+        StreamShape { schema: SchemaRef::new(Schema::new(fields)), ..input.clone() }
+    }
+
     /// Compiles the derived columns, in the order of `derive`.
     fn expressions(&self, schema: &SchemaRef, cx: &mut CheckContext<'_>) -> Vec<Expression> {
         let mut expressions = Vec::with_capacity(self.derive.len());

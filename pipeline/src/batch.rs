@@ -74,7 +74,7 @@ impl Times {
 #[derive(Clone, Debug)]
 pub struct Batch {
     rows: RecordBatch,
-    times: Times,
+    times: Arc<Times>,
     stage: Stage,
     json: Arc<OnceLock<JsonRows>>,
 }
@@ -85,7 +85,7 @@ impl Batch {
         if times.event_us.len() != rows.num_rows() {
             return Err(Error::internal(format!("{} times for {} rows", times.event_us.len(), rows.num_rows())));
         }
-        Ok(Self { rows, times, stage, json: Arc::default() })
+        Ok(Self { rows, times: Arc::new(times), stage, json: Arc::default() })
     }
 
     /// The visible columns.
@@ -130,7 +130,10 @@ impl Batch {
 
     /// Other visible columns for the same rows, in the same order.
     pub fn with_rows(&self, rows: RecordBatch) -> Result<Self> {
-        Self::new(rows, self.times.clone(), self.stage)
+        if self.len() != rows.num_rows() {
+            return Err(Error::internal(format!("{} rows for {}", rows.num_rows(), self.len())));
+        }
+        Ok(Self { rows, times: Arc::clone(&self.times), stage: self.stage, json: Arc::default() })
     }
 
     /// The rows where `keep` is true (null counts as false).

@@ -324,12 +324,19 @@ fn describe(error: &DataFusionError, text: &str, schema: &SchemaRef) -> Expressi
 
 fn unknown_column(column: &Column, text: &str, schema: &SchemaRef) -> ExpressionError {
     let names = schema.fields().iter().map(|f| f.name().as_str()).chain([EVENT_TIME, INGEST_TIME]);
-    let byte = text.find(&column.name);
     ExpressionError {
-        offset: byte.map(|at| text[..at].chars().count()),
+        offset: place_of_name(&column.name, text),
         message: format!("no column `{}` here", column.name),
         hint: did_you_mean(&column.name, names),
     }
+}
+
+/// The character at which the name `name` first stands in `text`; inside another word or a string it does not count.
+fn place_of_name(name: &str, text: &str) -> Option<usize> {
+    use datafusion::sql::sqlparser::tokenizer::Token;
+    let tokens = Tokenizer::new(&GenericDialect {}, text).tokenize_with_location().ok()?;
+    let found = tokens.iter().find(|token| matches!(&token.token, Token::Word(word) if word.value == name))?;
+    character_offset(text, found.span.start.line, found.span.start.column)
 }
 
 /// Takes the `Line: 1, Column: 5` out of a parser's message.
@@ -519,5 +526,65 @@ mod tests {
         }
         let error = compile("pending + lateny_ms").expect_err("a typing mistake");
         assert_eq!((error.offset, error.hint.as_deref()), (Some(10), Some("did you mean `latency_ms`?")));
+    }
+
+    #[test]
+    fn an_error_points_at_its_place_and_says_what_to_write() {
+        for (text, offset, message, hint) in [
+            ("lateny_ms", Some(0), "no column `lateny_ms` here", "did you mean `latency_ms`?"),
+            ("latency_ms + lat", Some(13), "no column `lat` here", "one of `name`, `pending`"),
+            ("name = 'nam' and nam > 1", Some(17), "no column `nam` here", "did you mean `name`?"),
+            ("pending +\n  failde", Some(12), "no column `failde` here", "did you mean `failed`?"),
+            ("'ü' || nam", Some(7), "no column `nam` here", "did you mean `name`?"),
+            ("Name", Some(0), "no column `Name` here", "did you mean `name`?"),
+            ("\"NAME\" = 'x'", Some(0), "no column `NAME` here", "did you mean `name`?"),
+            ("event_tim", Some(0), "no column `event_tim` here", "did you mean `event_time`?"),
+            ("pending > > 1", Some(10), "Expected", ""),
+            ("pending > 1 failed", Some(12), "unexpected `failed`", ""),
+            ("pending ) + 1", Some(8), "unexpected `)`", ""),
+            ("", None, "an expression is missing", ""),
+            (" \n", None, "an expression is missing", ""),
+            ("pending + now()", Some(10), "`now` differs from run to run", "use `ingest_time`, the time of receipt"),
+            ("NOW() > ts", Some(0), "`NOW` differs from run to run", "use `ingest_time`, the time of receipt"),
+            ("1 + random ()", Some(4), "`random` differs from run to run", ""),
+            ("sum(pending)", None, "an aggregate stands only in the `aggregate` of a window", ""),
+            ("1 + count(*)", None, "an aggregate stands only in the `aggregate` of a window", ""),
+        ] {
+            let error = compile(text).expect_err(text);
+            assert_eq!(error.offset, offset, "{text}: {error:?}");
+            assert!(error.message.starts_with(message), "{text}: {error:?}");
+            let given = error.hint.clone().unwrap_or_default();
+            assert!(given.starts_with(hint) && given.is_empty() == hint.is_empty(), "{text}: {error:?}");
+        }
+        assert!(compile(&format!("1{}", " + 1".repeat(TEXT_BYTES_MAX))).is_err_and(|e| e.message.contains("longer")));
+    }
+
+    #[test]
+    fn names_are_taken_as_written_and_only_calls_are_refused() {
+        let schema = Fields::of([("Now", FieldType::Int), ("now", FieldType::Int), ("a b", FieldType::Int)]).schema();
+        for text in ["Now", "now + 1", "\"Now\"", "\"a b\" * 2", "'now()' || 'x'", "1 + 2", "event_time > ingest_time"]
+        {
+            assert!(Expression::compile(text, &schema).is_ok(), "{text}");
+        }
+        assert!(Expression::compile("NOW", &schema).is_err());
+    }
+
+    #[test]
+    fn a_visible_column_hides_the_hidden_one_of_its_name() {
+        let schema = Fields::of([("event_time", FieldType::Int)]).schema();
+        let type_of = |text| Expression::compile(text, &schema).map(|e| e.data_type().clone());
+        assert_eq!(type_of("event_time"), Ok(DataType::Int64));
+        assert!(matches!(type_of("ingest_time"), Ok(DataType::Timestamp(..))));
+    }
+
+    #[test]
+    fn a_constant_has_a_value_for_every_row() {
+        let three = batch(&["{}", "{}", "{}"]);
+        for (text, expected) in
+            [("1 + 2", "3"), ("'a' || 'b'", r#""ab""#), ("NULL", "null"), ("true and false", "false")]
+        {
+            assert_eq!(values(text, &three), vec![format!(r#"{{"v":{expected}}}"#); 3], "{text}");
+            assert!(values(text, &batch(&[])).is_empty(), "{text}");
+        }
     }
 }

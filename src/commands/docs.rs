@@ -50,7 +50,10 @@ impl Docs {
         let found: Vec<&Page> =
             pages.iter().filter(|page| page.name == name && kind.is_none_or(|kind| page.kind == kind)).collect();
         if found.is_empty() {
-            let hint = did_you_mean(name, pages.iter().map(|page| page.name));
+            let mut names: Vec<&str> = pages.iter().map(|page| page.name).collect();
+            names.sort_unstable();
+            names.dedup();
+            let hint = did_you_mean(name, names);
             let hint = hint.map(|hint| format!("; {hint}")).unwrap_or_default();
             return Err(Failure::user(format!("no plugin `{name}`{hint}")));
         }

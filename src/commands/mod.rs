@@ -11,8 +11,8 @@ mod schema;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use clap::{Parser, Subcommand, ValueEnum};
-use pipeline::config::{Pipelines, Problems, pipelines};
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use pipeline::config::{Pipelines, Problems, did_you_mean, pipelines};
 use pipeline::error::{Blame, Error};
 use pipeline::graph::{self as graphs, Graph};
 
@@ -138,13 +138,24 @@ struct Loaded {
 fn load(path: Option<&Path>) -> Result<Loaded, Failure> {
     let path = path.unwrap_or(Path::new(DEFAULT_FILE)).to_owned();
     let text = std::fs::read_to_string(&path).map_err(|error| {
-        let hint = if error.kind() == io::ErrorKind::NotFound { "; name the file: `pipeline run FILE`" } else { "" };
+        let hint = if error.kind() == io::ErrorKind::NotFound { hint_for_missing(&path) } else { String::new() };
         Failure::user(format!("cannot read `{}`: {error}{hint}", path.display()))
     })?;
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned();
     let mut problems = Problems::default();
     let file = pipelines::parse(&text, &folder, &|name| std::env::var(name).ok(), &mut problems);
     Ok(Loaded { path, file, problems })
+}
+
+/// A mistyped command is taken for the name of a file.
+fn hint_for_missing(path: &Path) -> String {
+    let commands = Arguments::command();
+    let word = path.to_str().unwrap_or_default();
+    let nearest = did_you_mean(word, commands.get_subcommands().map(|command| command.get_name()));
+    match nearest.as_deref().and_then(|hint| hint.strip_prefix("did you mean ")) {
+        Some(command) => format!("; did you mean the command {command}"),
+        None => "; name the file: `pipeline run FILE`".to_owned(),
+    }
 }
 
 impl Loaded {

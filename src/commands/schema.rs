@@ -60,7 +60,7 @@ fn schema() -> Value {
         |entry: Value| json!({"type": "object", "propertyNames": {"pattern": NAME}, "additionalProperties": entry});
     let server = of::<ServerConfig>(&mut definitions);
     let checkpoint = of::<CheckpointConfig>(&mut definitions);
-    json!({
+    let mut schema = json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "pipelines.yaml",
         "type": "object",
@@ -73,22 +73,74 @@ fn schema() -> Value {
         },
         "additionalProperties": false,
         "$defs": definitions,
-    })
+    });
+    allow_variables(&mut schema);
+    schema
+}
+
+/// `${NAME}` may stand where a number or a word of a certain form is expected: an editor sees a string.
+fn allow_variables(schema: &mut Value) {
+    for inside in ["properties", "$defs"] {
+        let schemas = schema.get_mut(inside).and_then(Value::as_object_mut);
+        schemas.into_iter().flat_map(|schemas| schemas.values_mut()).for_each(allow_variables);
+    }
+    for inside in ["anyOf", "oneOf"] {
+        let schemas = schema.get_mut(inside).and_then(Value::as_array_mut);
+        schemas.into_iter().flatten().for_each(allow_variables);
+    }
+    for inside in ["items", "additionalProperties"] {
+        schema.get_mut(inside).into_iter().for_each(allow_variables);
+    }
+    let is = |word: &str| schema["type"] == word || schema["type"].as_array().is_some_and(|t| t.contains(&word.into()));
+    let is_word = is("string") && (schema["pattern"].is_string() || schema["enum"].is_array());
+    let words = schema["oneOf"].as_array();
+    let is_choice = words.is_some_and(|list| list.iter().all(|one| one["const"].is_string()));
+    if is_word || is_choice || ["integer", "number", "boolean"].into_iter().any(is) {
+        let description = schema.as_object_mut().and_then(|object| object.remove("description"));
+        *schema = json!({"anyOf": [schema.take(), {"type": "string", "pattern": r"\$\{"}]});
+        if let Some(description) = description {
+            schema["description"] = description;
+        }
+    }
 }
 
 fn of<T: JsonSchema>(definitions: &mut serde_json::Map<String, Value>) -> Value {
     lift(schemars::schema_for!(T).to_value(), definitions)
 }
 
-/// Moves a schema's own definitions to the top, where its references look for them.
+/// Moves a schema's own definitions to the top, where its references look for them. Two plugins may each have a type of
+/// one name: the later one is numbered.
 fn lift(mut schema: Value, definitions: &mut serde_json::Map<String, Value>) -> Value {
-    if let Some(object) = schema.as_object_mut() {
+    let own = schema.as_object_mut().and_then(|object| {
         object.remove("$schema");
-        if let Some(Value::Object(own)) = object.remove("$defs") {
-            definitions.extend(own);
+        object.remove("$defs")
+    });
+    let Some(Value::Object(mut own)) = own else { return schema };
+    for name in own.keys().cloned().collect::<Vec<_>>() {
+        let fits = |free: &String| definitions.get(free).is_none_or(|taken| *taken == own[&name]);
+        let numbered = (2u32..).map(|number| format!("{name}{number}"));
+        let Some(new) = std::iter::once(name.clone()).chain(numbered).find(fits) else { continue };
+        if new != name {
+            refer(&mut schema, &name, &new);
+            own.values_mut().for_each(|definition| refer(definition, &name, &new));
         }
+        definitions.insert(new, own[&name].clone());
     }
     schema
+}
+
+/// Points references to the definition `name` at `new`.
+fn refer(schema: &mut Value, name: &str, new: &str) {
+    match schema {
+        Value::Object(object) => {
+            if object.get("$ref").is_some_and(|at| *at == format!("#/$defs/{name}")) {
+                object.insert("$ref".into(), format!("#/$defs/{new}").into());
+            }
+            object.values_mut().for_each(|inner| refer(inner, name, new));
+        }
+        Value::Array(list) => list.iter_mut().for_each(|inner| refer(inner, name, new)),
+        _ => {}
+    }
 }
 
 /// The options of a source or sink with `type` and the keys that the engine reads.

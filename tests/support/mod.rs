@@ -2,6 +2,7 @@
 
 pub mod databases;
 pub mod http;
+pub mod json_schema;
 pub mod mosquitto;
 pub mod program;
 pub mod redis;

@@ -1,5 +1,6 @@
 //! The built binary, run as a user would, and plain HTTP to it.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
@@ -69,10 +70,37 @@ impl Program {
 
     /// The status of a source: its state and its counters.
     pub fn source(&self, name: &str) -> Value {
+        self.node("sources", name)
+    }
+
+    /// The status of a pipeline: its state and its counters.
+    pub fn pipeline(&self, name: &str) -> Value {
+        self.node("pipelines", name)
+    }
+
+    fn node(&self, kind: &str, name: &str) -> Value {
         let graph = self.get("/api/v1/pipelines");
-        let sources = graph["sources"].as_array().expect("sources");
-        let source = sources.iter().find(|source| source["name"] == name);
-        source.unwrap_or_else(|| panic!("no source {name} in {graph}"))["status"].clone()
+        let node = graph[kind].as_array().expect(kind).iter().find(|node| node["name"] == name);
+        node.unwrap_or_else(|| panic!("none of the {kind} is {name}: {graph}"))["status"].clone()
+    }
+
+    /// What `/health` says is wrong, by node.
+    pub fn reasons(&self) -> BTreeMap<String, String> {
+        let health = self.get("/health");
+        let reasons: BTreeMap<String, String> =
+            health["reasons"].as_array().into_iter().flatten().map(reason).collect();
+        assert_eq!(reasons.is_empty(), health["status"] == "healthy", "{health}");
+        reasons
+    }
+
+    /// Sends lines to an `http` source once it is connected, and expects all of them to be accepted.
+    pub fn post(&self, path: &str, lines: &[String]) {
+        let (status, body) = wait_for("the source to be connected", || {
+            request(self.port, "POST", path, &lines.concat()).filter(|(status, _)| *status != 503)
+        });
+        assert_eq!(status, 200, "{body}");
+        let body: Value = serde_json::from_str(&body).expect("JSON");
+        assert_eq!(body["accepted"], lines.len(), "{body}");
     }
 
     /// Waits until every node is connected.
@@ -105,6 +133,11 @@ impl Program {
         assert_eq!(status.code(), Some(0), "{}", self.process.printed());
         self.scratch
     }
+}
+
+fn reason(reason: &Value) -> (String, String) {
+    let text = |key: &str| reason[key].as_str().expect(key).to_owned();
+    (text("node"), text("reason"))
 }
 
 /// The text of a file in `examples/`.

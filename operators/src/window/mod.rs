@@ -136,7 +136,9 @@ window:
         self.refuse_later_features(cx);
         let keys = self.keys(input, cx);
         let columns = self.columns(input, cx);
-        let (kind, keys, plan) = (kind?, keys?, columns?);
+        let (Some(kind), Some(keys), Some(plan)) = (kind, keys, columns) else {
+            return Some(Planned::broken(self.known_shape(input)));
+        };
         let shape = StreamShape { schema: plan.output.clone(), keys, windowed: true };
         match operator(&kind, plan) {
             Ok(operator) => Some(Planned { shape, operator }),
@@ -158,6 +160,23 @@ fn operator(kind: &Kind, plan: Plan) -> Result<Box<dyn Operator>> {
 }
 
 impl WindowConfig {
+    /// What a window with problems would emit: its names are known, the types of its aggregates are not.
+    fn known_shape(&self, input: &SchemaRef) -> StreamShape {
+        let keys = self.group_by.iter().filter_map(|name| input.field_with_name(name).ok().cloned());
+        let time = |name| Field::new(name, timestamp_type(), true);
+        let fields = [time("window_start"), time("window_end")]
+            .into_iter()
+            .chain(keys)
+            .chain(self.aggregate.keys().map(|name| Field::new(name, DataType::Null, true)))
+            .chain([
+                Field::new("rows", DataType::Int64, true),
+                Field::new("stage", DataType::Utf8, true),
+                Field::new("revision", DataType::Int64, true),
+            ]);
+        let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
+        StreamShape { schema, keys: self.group_by.iter().map(|name| name.value.clone()).collect(), windowed: true }
+    }
+
     /// The one kind that is given.
     fn kind(&self, cx: &mut CheckContext<'_>) -> Option<Kind> {
         let mut given: Vec<_> = [

@@ -203,9 +203,9 @@ impl PaneWindow {
                 break;
             }
             self.close(end_us, out)?;
-            self.core.watermark_us = end_us;
+            self.core.reach(end_us);
         }
-        self.core.watermark_us = watermark_us;
+        self.core.reach(watermark_us);
         Ok(())
     }
 

@@ -56,9 +56,10 @@ impl RunningWindow {
                 self.resets_at_us = (tick - 1).div_euclid(reset_us) * reset_us + reset_us;
             }
             self.close(tick, out)?;
+            self.core.reach(tick);
         }
-        self.reset(watermark_us);
-        self.core.watermark_us = watermark_us;
+        self.core.reach(watermark_us);
+        self.reset(self.core.watermark_us);
         Ok(())
     }
 

@@ -54,7 +54,7 @@ impl SessionWindow {
         if watermark_us <= self.core.watermark_us {
             return Ok(());
         }
-        self.core.watermark_us = watermark_us;
+        self.core.reach(watermark_us);
         let mut closed: Vec<u32> = Vec::new();
         while let Some(Reverse((end_us, slot, number))) = self.ends.peek().copied() {
             if end_us > watermark_us {
@@ -70,6 +70,7 @@ impl SessionWindow {
                 self.ends.push(Reverse((true_end_us, slot, number)));
             } else {
                 self.forget(slot);
+                self.core.reach(true_end_us);
                 closed.push(slot);
             }
         }

@@ -171,6 +171,14 @@ impl Core {
         column
     }
 
+    /// Event time has reached `watermark_us`. The end of all rows is no time that later rows could be judged by: after
+    /// a drain, the next run goes on behind the last window that was closed.
+    pub(super) fn reach(&mut self, watermark_us: i64) {
+        if watermark_us != i64::MAX {
+            self.watermark_us = self.watermark_us.max(watermark_us);
+        }
+    }
+
     /// Whether windows around this event time can be computed with.
     pub(super) fn in_range(event_us: i64) -> bool {
         event_us.unsigned_abs() <= EVENT_US_MAX

@@ -18,6 +18,12 @@ use super::values::AT;
 /// Reads `node` as a `T`. `None` if anything was wrong; then every problem is in `cx`.
 pub fn read<T: DeserializeOwned + JsonSchema>(node: &Node, cx: &mut CheckContext<'_>) -> Option<T> {
     let errors_before = cx.errors();
+    read_rest(node, cx).filter(|_| cx.errors() == errors_before)
+}
+
+/// As [`read`], but gives what is left when the wrong parts are taken out, so that it can be checked further.
+/// `None` if a required part is wrong or missing.
+pub fn read_rest<T: DeserializeOwned + JsonSchema>(node: &Node, cx: &mut CheckContext<'_>) -> Option<T> {
     let mut removed: Vec<(Position, String)> = report_missing::<T>(node, cx);
     let mut tree = node.clone();
     loop {
@@ -28,21 +34,17 @@ pub fn read<T: DeserializeOwned + JsonSchema>(node: &Node, cx: &mut CheckContext
             cx.error_hint(key.position, format!("unknown key `{}`", key.name), hint);
         }
         let error = match result {
-            Ok(value) => return (cx.errors() == errors_before).then_some(value),
+            Ok(value) => return Some(value),
             Err(error) => error,
         };
         let position = error.position.unwrap_or(node.position);
-        if let Some(field) = error.missing {
-            if !removed.contains(&(position, field.to_owned())) {
-                cx.error(position, format!("`{field}` is missing"));
-            }
-            return None;
+        // Where something wrong was taken out, more is wrong only because of that.
+        let consequence =
+            removed.iter().any(|(at, key)| *at == position && error.missing.is_none_or(|field| field == key));
+        if !consequence {
+            cx.error_hint(position, error.message, error.hint);
         }
-        cx.error_hint(position, error.message, error.hint);
-        match remove_at(&mut tree, position) {
-            Some(key) => removed.push(key),
-            None => return None,
-        }
+        removed.push(remove_at(&mut tree, position)?);
     }
 }
 
@@ -106,6 +108,13 @@ impl ReadError {
         if self.position.is_none() {
             self.position = Some(node.position);
             if let Some(expected) = self.expected.take() {
+                // serde names its own types.
+                let expected = match expected.as_str() {
+                    "i8" | "i16" | "i32" | "i64" => "a whole number",
+                    "u8" | "u16" | "u32" | "u64" | "usize" => "a whole number from 0",
+                    "f32" | "f64" => "a number",
+                    other => other,
+                };
                 self.message = format!("expected {expected}, found {}", node.kind());
             }
         }
@@ -460,5 +469,202 @@ impl<'de> de::VariantAccess<'de> for VariantAccess<'_> {
         visitor: V,
     ) -> Result<V::Value, ReadError> {
         self.value()?.deserialize_struct("", fields, visitor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde::Deserialize;
+
+    use super::*;
+    use crate::config::values::{At, Duration};
+    use crate::config::{Problems, tree};
+
+    #[derive(Debug, Deserialize, JsonSchema)]
+    #[serde(deny_unknown_fields)]
+    #[expect(dead_code, reason = "only read from YAML")]
+    struct Options {
+        name: String,
+        count: u32,
+        #[serde(default)]
+        ratio: Option<f64>,
+        #[serde(default)]
+        mode: Mode,
+        #[serde(default)]
+        every: Duration,
+        #[serde(default)]
+        inner: Option<Inner>,
+        #[serde(default)]
+        list: Vec<Inner>,
+        #[serde(default)]
+        numbers: Vec<i64>,
+        #[serde(default)]
+        place: At<String>,
+    }
+
+    #[derive(Debug, Default, Deserialize, JsonSchema)]
+    #[serde(rename_all = "snake_case")]
+    enum Mode {
+        #[default]
+        Fast,
+        Exact,
+        Sampled(#[expect(dead_code, reason = "only read from YAML")] u8),
+        Shaped {
+            #[expect(dead_code, reason = "only read from YAML")]
+            width: u8,
+        },
+    }
+
+    #[derive(Debug, Deserialize, JsonSchema)]
+    #[serde(deny_unknown_fields)]
+    #[expect(dead_code, reason = "only read from YAML")]
+    struct Inner {
+        size: u8,
+        #[serde(default)]
+        on: bool,
+    }
+
+    /// The problems of `text` read as [`Options`], one line each; `clean` if there is none.
+    fn problems(text: &str) -> Vec<String> {
+        let node = tree::parse(text).expect("YAML");
+        let mut problems = Problems::default();
+        let read: Option<Options> =
+            read(&node, &mut CheckContext::new(&mut problems, "", node.position, Path::new("")));
+        assert_eq!(read.is_none(), problems.has_errors(), "{text}: {problems:?}");
+        problems.sorted().iter().map(|problem| problem.to_string().replace("\n  ", " ")).collect()
+    }
+
+    #[test]
+    fn every_problem_of_a_block_is_reported_with_its_place() {
+        for (text, expected) in [
+            ("{name: a, count: 1}", vec![]),
+            ("{name: 12, count: 1, mode: exact, inner: {size: 1, on: true}, numbers: [1, -2]}", vec![]),
+            ("{name: a, count: 1, mode: {sampled: 3}, ratio: 2}", vec![]),
+            ("{name: a, count: 1, mode: {shaped: {width: 3}}, inner: ~}", vec![]),
+            ("{}", vec!["1:1: error: `name` is missing", "1:1: error: `count` is missing"]),
+            (
+                "count: many\nname: [a]\nratio: high",
+                vec![
+                    "1:8: error: expected a whole number from 0, found `many`",
+                    "2:7: error: expected a string, found a list",
+                    "3:8: error: expected a number, found `high`",
+                ],
+            ),
+            (
+                "nam: a\ncount: -1\nzzzzzzzzz: 1",
+                vec![
+                    "1:1: error: `name` is missing",
+                    "1:1: error: unknown key `nam` hint: did you mean `name`?",
+                    "2:8: error: expected a whole number from 0, found `-1`",
+                    "3:1: error: unknown key `zzzzzzzzz` hint: one of `name`, `count`, `ratio`, `mode`, `every`, `inner`, `list`, \
+                 `numbers`, `place`",
+                ],
+            ),
+            (
+                "name: a\ncount: 1\nmode: exat\nevery: 5",
+                vec![
+                    "3:7: error: unknown value `exat` hint: did you mean `exact`?",
+                    "4:8: error: `5` is no duration; write a number and a unit: `500ms`, `3s`, `5m`, `2h`, `1d`",
+                ],
+            ),
+            (
+                "name: a\ncount: 1\nmode: {sampled: x}\nratio: y",
+                vec![
+                    "3:17: error: expected a whole number from 0, found `x`",
+                    "4:8: error: expected a number, found `y`",
+                ],
+            ),
+            ("name: a\ncount: 1\nmode: {fast: 1}", vec!["3:14: error: this name takes no value"]),
+            (
+                "name: a\ncount: 1\nmode: {shaped: {width: 300}}\nratio: y",
+                vec![
+                    "3:24: error: expected a whole number from 0, found `300`",
+                    "4:8: error: expected a number, found `y`",
+                ],
+            ),
+            (
+                "inner: {on: 3}\nname: a\ncount: x",
+                vec![
+                    "1:8: error: `size` is missing",
+                    "1:13: error: expected a boolean, found `3`",
+                    "3:8: error: expected a whole number from 0, found `x`",
+                ],
+            ),
+            (
+                "inner: {sise: 3, size: 256}\nname: a\ncount: x",
+                vec![
+                    "1:9: error: unknown key `sise` hint: did you mean `size`?",
+                    "1:24: error: expected a whole number from 0, found `256`",
+                    "3:8: error: expected a whole number from 0, found `x`",
+                ],
+            ),
+            (
+                "name: a\ncount: 1\nlist:\n  - {size: a}\n  - {on: true}\n  - 5\n  - {size: 1, of: 1}",
+                vec![
+                    "4:12: error: expected a whole number from 0, found `a`",
+                    "5:5: error: `size` is missing",
+                    "6:5: error: expected a mapping with `size`, `on`, found `5`",
+                    "7:15: error: unknown key `of` hint: did you mean `on`?",
+                ],
+            ),
+            (
+                "name: a\ncount: 1\nnumbers: [1, x, 2, 1.5, '3']",
+                vec![
+                    "3:14: error: expected a whole number, found `x`",
+                    "3:20: error: expected a whole number, found `1.5`",
+                    "3:25: error: expected a whole number, found `3`",
+                ],
+            ),
+            (
+                "name:\ncount: 1\nratio: true",
+                vec!["1:5: error: expected a string, found nothing", "3:8: error: expected a number, found `true`"],
+            ),
+        ] {
+            assert_eq!(problems(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_block_that_is_no_mapping_is_one_problem() {
+        for text in ["[a]", "text"] {
+            let found = problems(text);
+            assert!(found.len() == 1 && found[0].starts_with("1:1: error: expected"), "{text}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn a_place_inside_a_text_is_known_where_the_characters_stand_one_for_one() {
+        for (text, value, expected) in [
+            ("plain text", "plain text", (1, 12)),
+            ("'quoted'", "quoted", (1, 13)),
+            ("\"quoted\"", "quoted", (1, 13)),
+            ("'it''s'", "it's", (1, 8)),
+            ("\"tab\\t!\"", "tab\t!", (1, 8)),
+            ("näme ü", "näme ü", (1, 12)),
+        ] {
+            let node = tree::parse(&format!("place: {text}")).expect("YAML");
+            let node = node.get("place").expect("a value");
+            let mut problems = Problems::default();
+            let mut cx = CheckContext::new(&mut problems, "", node.position, Path::new(""));
+            let at: At<String> = read(node, &mut cx).expect("a text");
+            let place = at.place_of(Some(4));
+            assert_eq!((at.value.as_str(), (place.line, place.column)), (value, expected), "{text}");
+        }
+        for (text, line) in [
+            ("place: >\n  a folded\n  text", 2),
+            ("place: |\n  a block", 2),
+            ("place: a plain\n  text", 1),
+            ("place: 'a\n  b'", 1),
+        ] {
+            let node = tree::parse(text).expect("YAML");
+            let node = node.get("place").expect("a value");
+            let mut problems = Problems::default();
+            let mut cx = CheckContext::new(&mut problems, "", node.position, Path::new(""));
+            let at: At<String> = read(node, &mut cx).expect("a text");
+            assert_eq!(at.place_of(Some(3)), at.position, "{text}: the place is the whole");
+            assert_eq!(at.position.line, line, "{text}");
+        }
     }
 }

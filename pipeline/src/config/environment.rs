@@ -1,16 +1,26 @@
 //! `${NAME}` and `${NAME:-default}` in values, after parsing: a variable can never add a key or a node.
 
-use super::problems::{Position, Problem, Severity};
+use std::cell::RefCell;
+
+use super::problems::{Position, Problem, Problems, Severity};
 use super::tree::{Node, Value};
 
-/// Replaces variables in every scalar below `node`. `lookup` reads one variable. `$$` is a dollar sign.
-pub fn expand(node: &mut Node, lookup: &dyn Fn(&str) -> Option<String>) -> Vec<Problem> {
-    let mut problems = Vec::new();
-    walk(node, lookup, &mut problems);
-    problems
+/// Replaces variables in every scalar below `node`. `lookup` reads one variable. `$$` is a dollar sign. What a
+/// variable holds may be a secret: `problems` does not show it.
+pub fn expand(node: &mut Node, lookup: &dyn Fn(&str) -> Option<String>, problems: &mut Problems) {
+    let seen = RefCell::new(Vec::new());
+    let noting = |name: &str| {
+        let value = lookup(name)?;
+        seen.borrow_mut().push((value.clone(), name.to_owned()));
+        Some(value)
+    };
+    walk(node, &noting, problems);
+    for (value, name) in seen.into_inner() {
+        problems.hide(value, &name);
+    }
 }
 
-fn walk(node: &mut Node, lookup: &dyn Fn(&str) -> Option<String>, problems: &mut Vec<Problem>) {
+fn walk(node: &mut Node, lookup: &dyn Fn(&str) -> Option<String>, problems: &mut Problems) {
     let position = node.position;
     match &mut node.value {
         Value::Sequence(items) => items.iter_mut().for_each(|item| walk(item, lookup, problems)),

@@ -173,6 +173,8 @@ pub struct PipelineEntry {
     pub position: Position,
     /// Inputs, sinks and keys.
     pub config: PipelineConfig,
+    /// Whether `config` lacks what could not be read, which is reported already.
+    pub is_partial: bool,
     /// Its steps in order.
     pub steps: Vec<StepEntry>,
 }
@@ -182,8 +184,8 @@ pub struct PipelineEntry {
 pub struct StepEntry {
     /// The operator's name.
     pub name: At<String>,
-    /// What the plugin reads.
-    pub options: Node,
+    /// What the plugin reads; `None` if this is no step, which is reported already.
+    pub options: Option<Node>,
 }
 
 /// A sink as written.
@@ -215,20 +217,17 @@ pub struct Pipelines {
     /// Sinks in file order.
     pub sinks: Vec<SinkEntry>,
     /// Names of entries that could not be read: what refers to them is not wrong for that.
-    pub unread: Vec<String>,
+    pub unreadable: Vec<String>,
 }
 
-/// Parses the text of a file that lies in `folder`. Entries that cannot be read are left out; why is in `problems`.
+/// Parses the text of a file that lies in `folder`. What cannot be read is left out; why is in `problems`.
 pub fn parse(text: &str, folder: &Path, lookup: &dyn Fn(&str) -> Option<String>, problems: &mut Problems) -> Pipelines {
     let mut file = Pipelines { folder: folder.to_owned(), ..Pipelines::default() };
-    let mut root = match tree::parse(text) {
-        Ok(root) => root,
-        Err(list) => {
-            list.into_iter().for_each(|problem| problems.push(problem));
-            return file;
-        }
-    };
-    environment::expand(&mut root, lookup).into_iter().for_each(|problem| problems.push(problem));
+    let mut wrong = Vec::new();
+    let root = tree::parse_on(text, &mut wrong);
+    wrong.into_iter().for_each(|problem| problems.push(problem));
+    let Some(mut root) = root else { return file };
+    environment::expand(&mut root, lookup, problems);
     let mut cx = CheckContext::new(problems, "", root.position, folder);
     let Value::Mapping(sections) = root.value else {
         cx.error(root.position, "the file must be a mapping with `sources`, `pipelines` and `sinks`");
@@ -249,11 +248,11 @@ impl Pipelines {
             _ if node.is_null() => {}
             "server" => {
                 let mut cx = cx.part("server", key.position);
-                self.server = deserialize::read(&node, &mut cx).unwrap_or_default();
+                self.server = deserialize::read_rest(&node, &mut cx).unwrap_or_default();
             }
             "checkpoint" => {
                 let mut cx = cx.part("checkpoint", key.position);
-                self.checkpoint = deserialize::read(&node, &mut cx).unwrap_or_default();
+                self.checkpoint = deserialize::read_rest(&node, &mut cx).unwrap_or_default();
             }
             "sources" => self.sources = self.entries(key, node, "source", cx, source_entry),
             "pipelines" => self.pipelines = self.entries(key, node, "pipeline", cx, pipeline_entry),
@@ -284,15 +283,16 @@ impl Pipelines {
                 let hint = "letters, digits and underscores, not starting with a digit".to_owned();
                 cx.error_hint(name.position, format!("`{}` is no name", name.name), Some(hint));
             }
-            if node.mapping().is_none() {
+            let at = At { position: name.position, verbatim: true, value: name.name.clone() };
+            let entry = if node.mapping().is_some() {
+                read(at, node, &mut cx)
+            } else {
                 cx.error(node.position, format!("expected a mapping, found {}", node.kind()));
-                self.unread.push(name.name);
-                continue;
-            }
-            let name = At { position: name.position, verbatim: true, value: name.name };
-            match read(name.clone(), node, &mut cx) {
+                None
+            };
+            match entry {
                 Some(entry) => list.push(entry),
-                None => self.unread.push(name.value),
+                None => self.unreadable.push(name.name),
             }
         }
         list
@@ -322,12 +322,7 @@ fn source_entry(name: At<String>, mut options: Node, cx: &mut CheckContext<'_>) 
     let position = name.position;
     let common = split(&mut options, &["type", "event_time", "errors", "on_demand"]);
     options.position = position;
-    let common = Node { position, ..common };
-    // With an error here the plugin's own options are still looked at.
-    let common = deserialize::read(&common, cx).or_else(|| {
-        let type_name = texts(common.get("type")?).into_iter().next()?;
-        Some(SourceCommon { type_name, event_time: None, errors: None, on_demand: At::default() })
-    })?;
+    let common = deserialize::read_rest(&Node { position, ..common }, cx)?;
     Some(SourceEntry { name, position, common, options })
 }
 
@@ -363,12 +358,14 @@ fn pipeline_entry(name: At<String>, mut node: Node, cx: &mut CheckContext<'_>) -
         place_single_name(&mut node, field);
     }
     node.position = position;
-    // With an error here the steps are still looked at.
-    let config = deserialize::read(&node, cx).unwrap_or_else(|| {
+    // Without a `from` the steps are still looked at.
+    let config = deserialize::read_rest(&node, cx);
+    let is_partial = config.is_none();
+    let config = config.unwrap_or_else(|| {
         let names = |field| OneOrMany(node.get(field).map(texts).unwrap_or_default());
         PipelineConfig { from: names("from"), to: names("to"), key: names("key") }
     });
-    Some(PipelineEntry { name, position, config, steps })
+    Some(PipelineEntry { name, position, config, is_partial, steps })
 }
 
 /// `from: a` as `from: [a]`, so that the name keeps its place.
@@ -383,24 +380,143 @@ fn place_single_name(node: &mut Node, field: &str) {
 }
 
 fn step_entries(steps: Node, cx: &mut CheckContext<'_>) -> Vec<StepEntry> {
+    let no_step = |position, name: &str| StepEntry {
+        name: At { position, verbatim: false, value: name.to_owned() },
+        options: None,
+    };
     let Value::Sequence(items) = steps.value else {
         let hint = "start each step with its own `- `: `- filter: x > 0`".to_owned();
         cx.error_hint(steps.position, format!("`steps` must be a list, found {}", steps.kind()), Some(hint));
-        return Vec::new();
+        return vec![no_step(steps.position, "steps")];
     };
     let mut list = Vec::new();
     for item in items {
         match item.value {
             Value::Mapping(mut entries) if entries.len() == 1 => {
                 let (key, options) = entries.remove(0);
-                list.push(StepEntry { name: At { position: key.position, verbatim: true, value: key.name }, options });
+                let name = At { position: key.position, verbatim: true, value: key.name };
+                list.push(StepEntry { name, options: Some(options) });
             }
-            _ => cx.error_hint(
-                item.position,
-                "a step is one operator with its options".to_owned(),
-                Some("start each step with its own `- `: `- filter: x > 0`".to_owned()),
-            ),
+            _ => {
+                let hint = Some("start each step with its own `- `: `- filter: x > 0`".to_owned());
+                cx.error_hint(item.position, "a step is one operator with its options".to_owned(), hint);
+                list.push(no_step(item.position, "step"));
+            }
         }
     }
     list
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> (Pipelines, Vec<String>) {
+        let mut problems = Problems::default();
+        let lookup = |name: &str| (name == "KIND").then(|| "mqtt".to_owned());
+        let file = parse(text, Path::new("/folder"), &lookup, &mut problems);
+        (file, problems.sorted().iter().map(|problem| problem.to_string().replace("\n  ", " ")).collect())
+    }
+
+    #[test]
+    fn a_file_is_read_with_its_places_and_defaults() {
+        let (file, problems) = read(concat!(
+            "server: {listen: '0.0.0.0:80'}\n",
+            "sinks:\n",
+            "sources:\n",
+            "  devices: {type: \"${KIND}\", url: here, event_time: {field: ts}}\n",
+            "pipelines:\n",
+            "  load:\n",
+            "    from: devices\n",
+            "    to: [live, history]\n",
+            "    steps:\n",
+            "      - filter: x > 0\n",
+            "      - window: {size: 1s}\n",
+        ));
+        assert_eq!(problems, Vec::<String>::new());
+        assert_eq!((file.server.listen.as_str(), file.checkpoint.dir.as_str()), ("0.0.0.0:80", "state"));
+        let source = &file.sources[0];
+        assert_eq!((source.name.as_str(), source.common.type_name.as_str()), ("devices", "mqtt"));
+        assert!(source.options.get("url").is_some() && source.options.get("type").is_none());
+        let pipeline = &file.pipelines[0];
+        let places = |names: &OneOrMany| {
+            names
+                .0
+                .iter()
+                .map(|name| (name.value.clone(), name.position.line, name.position.column))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(places(&pipeline.config.from), [("devices".to_owned(), 7, 11)]);
+        assert_eq!(places(&pipeline.config.to), [("live".to_owned(), 8, 10), ("history".to_owned(), 8, 16)]);
+        let steps: Vec<&str> = pipeline.steps.iter().map(|step| step.name.as_str()).collect();
+        assert_eq!(steps, ["filter", "window"]);
+        assert!(file.sinks.is_empty());
+    }
+
+    #[test]
+    fn what_is_wrong_in_one_entry_hides_nothing_in_another() {
+        for (text, expected) in [
+            ("- a", vec!["1:1: error: the file must be a mapping with `sources`, `pipelines` and `sinks`"]),
+            ("source: {}", vec!["1:1: error: unknown key `source` hint: did you mean `sources`?"]),
+            ("sources: [a]", vec!["1:10: error: `sources` must be a mapping from names to sources"]),
+            (
+                "server: {port: 80}\ncheckpoint: {every: soon}",
+                vec![
+                    "1:10: error: server: unknown key `port` hint: one of `listen`",
+                    "2:21: error: checkpoint: `soon` is no duration; write a number and a unit: `500ms`, `3s`, `5m`, `2h`, `1d`",
+                ],
+            ),
+            (
+                "sources:\n  1st: {type: a}\n  b: text\n  c: {url: x}",
+                vec![
+                    "2:3: error: source 1st: `1st` is no name hint: letters, digits and underscores, not starting with a digit",
+                    "3:6: error: source b: expected a mapping, found `text`",
+                    "4:3: error: source c: `type` is missing",
+                ],
+            ),
+            (
+                "sources:\n  a: {type: x, event_time: {feild: ts}, on_demand: 3}",
+                vec![
+                    "2:28: error: source a: `field` is missing",
+                    "2:29: error: source a: unknown key `feild` hint: did you mean `field`?",
+                    "2:52: error: source a: expected a boolean, found `3`",
+                ],
+            ),
+            (
+                "pipelines:\n  p: {to: a, stps: []}\n  q: {from: 5, steps: {a: 1}}",
+                vec![
+                    "2:3: error: pipeline p: `from` is missing",
+                    "2:14: error: pipeline p: unknown key `stps` hint: one of `from`, `to`, `key`",
+                    "3:23: error: pipeline q: `steps` must be a list, found a mapping hint: start each step with its own `- `: \
+                     `- filter: x > 0`",
+                ],
+            ),
+            (
+                "pipelines:\n  p:\n    from: a\n    steps:\n      - filter\n      - {a: 1, b: 2}\n      - c: 1",
+                vec![
+                    "5:9: error: pipeline p: a step is one operator with its options hint: start each step with its own `- `: \
+                 `- filter: x > 0`",
+                    "6:9: error: pipeline p: a step is one operator with its options hint: start each step with its own `- `: \
+                 `- filter: x > 0`",
+                ],
+            ),
+            (
+                "sinks:\n  s: {}\n  t: {type: [x]}",
+                vec!["2:3: error: sink s: `type` is missing", "3:13: error: sink t: expected a string, found a list"],
+            ),
+        ] {
+            assert_eq!(read(text).1, expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn steps_and_options_are_kept_where_other_keys_are_wrong() {
+        let (file, problems) = read(concat!(
+            "sources: {a: {type: x, on_demand: 3, url: y}}\n",
+            "pipelines: {p: {from: [a, {b: 1}], steps: [{filter: z}]}}\n",
+        ));
+        assert_eq!(problems.len(), 2, "{problems:?}");
+        assert!(file.sources[0].options.get("url").is_some());
+        assert_eq!((file.pipelines[0].config.from.0.len(), file.pipelines[0].steps.len()), (1, 1));
+    }
 }

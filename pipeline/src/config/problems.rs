@@ -47,13 +47,27 @@ pub struct Problem {
 #[derive(Debug, Default)]
 pub struct Problems {
     list: Vec<Problem>,
+    /// Texts from the environment and what to show instead.
+    hidden: Vec<(String, String)>,
 }
+
+/// Texts from the environment that are shorter are no secrets, and common in other words.
+const HIDDEN_CHARS_MIN: usize = 4;
 
 impl Problems {
     /// Adds one.
     pub fn push(&mut self, problem: Problem) {
         if !self.list.contains(&problem) {
             self.list.push(problem);
+        }
+    }
+
+    /// From now on [`Self::render`] shows `${name}` where a message quotes `value`, which may be a password.
+    pub fn hide(&mut self, value: String, name: &str) {
+        if value.chars().count() >= HIDDEN_CHARS_MIN {
+            self.hidden.push((value, format!("${{{name}}}")));
+            // A text that holds another one goes first.
+            self.hidden.sort_by_key(|(value, _)| std::cmp::Reverse(value.len()));
         }
     }
 
@@ -81,7 +95,14 @@ impl Problems {
 
     /// The text for a terminal: `file:line:column: error: node: message`, and a hint below it.
     pub fn render(&self, file: &str) -> String {
-        self.sorted().into_iter().map(|p| format!("{file}:{p}\n")).collect()
+        let lines = self.sorted().into_iter().map(|problem| {
+            let mut line = problem.to_string();
+            for (value, shown) in &self.hidden {
+                line = line.replace(value, shown);
+            }
+            format!("{file}:{line}\n")
+        });
+        lines.collect()
     }
 }
 

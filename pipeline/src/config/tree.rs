@@ -113,21 +113,23 @@ const HINTS: [(&str, &str); 3] = [
     ("tabs disallowed", "indent with spaces"),
 ];
 
-/// How to write a text with a comma inside `{…}`.
-const QUOTE: &str = "inside `{…}` a text with a comma needs quotes: `p99: \"percentile(x, 0.99)\"`";
-
-/// Parses one YAML document. An empty text is an empty mapping.
+/// Parses one YAML document without a mistake. An empty text is an empty mapping.
 pub fn parse(text: &str) -> Result<Node, Vec<Problem>> {
+    let mut problems = Vec::new();
+    match parse_on(text, &mut problems) {
+        Some(node) if problems.is_empty() => Ok(node),
+        _ => Err(problems),
+    }
+}
+
+/// As [`parse`], but a key that is given twice counts once, so that the rest of the file can be checked too.
+/// `None` if the text is no YAML.
+pub fn parse_on(text: &str, problems: &mut Vec<Problem>) -> Option<Node> {
     let mut builder =
         Builder { parser: Parser::new_from_str(text), anchors: HashMap::new(), nodes: 0, problems: Vec::new() };
-    match builder.document() {
-        Ok(node) if builder.problems.is_empty() => Ok(node),
-        Ok(_) => Err(builder.problems),
-        Err(problem) => {
-            builder.problems.push(*problem);
-            Err(builder.problems)
-        }
-    }
+    let node = builder.document();
+    problems.append(&mut builder.problems);
+    node.map_err(|problem| problems.push(*problem)).ok()
 }
 
 type Step<T> = Result<T, Box<Problem>>;
@@ -183,7 +185,7 @@ impl<'a> Builder<'a> {
             Event::MappingStart(anchor, _) => (self.mapping(depth)?, anchor),
             Event::Alias(anchor) => {
                 let node = self.anchors.get(&anchor).cloned().ok_or_else(|| syntax(position, "unknown alias"))?;
-                self.count(size(&node), depth, position)?;
+                self.count(size(&node), depth + height(&node), position)?;
                 return Ok(node);
             }
             _ => return Err(syntax(position, "a value is missing here")),
@@ -217,13 +219,10 @@ impl<'a> Builder<'a> {
             };
             let (event, span) = self.next()?;
             let node = self.node(event, &span, depth + 1)?;
-            if node.is_null()
-                && let Some((_, before)) = entries.last()
-                && let Some(text) = before.text().filter(|text| opens(text))
-            {
-                // `{p99: percentile(x, 0.99)}`
-                let message = format!("the text ends at the comma: `{text}`");
-                self.problems.push(Problem { hint: Some(QUOTE.to_owned()), ..*syntax(before.position, message) });
+            if node.is_null() && name.ends_with(')') && !name.contains('(') {
+                let mut problem = syntax(position, format!("`{name}` is no key: in `{{…}}` a comma ends a text"));
+                problem.hint = Some("put a text with a comma in quotes: `p99: \"percentile(x, 0.99)\"`".to_owned());
+                self.problems.push(*problem);
                 continue;
             }
             if let Some((first, _)) = entries.iter().find(|(key, _)| key.name == name) {
@@ -247,16 +246,21 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// Whether a bracket stays open.
-fn opens(text: &str) -> bool {
-    text.matches('(').count() > text.matches(')').count()
-}
-
 fn size(node: &Node) -> usize {
     1 + match &node.value {
         Value::Scalar(_) => 0,
         Value::Sequence(items) => items.iter().map(size).sum(),
         Value::Mapping(entries) => entries.iter().map(|(_, node)| size(node)).sum(),
+    }
+}
+
+/// Levels below a node.
+fn height(node: &Node) -> usize {
+    let below = |nodes: &mut dyn Iterator<Item = &Node>| nodes.map(|node| 1 + height(node)).max().unwrap_or(0);
+    match &node.value {
+        Value::Scalar(_) => 0,
+        Value::Sequence(items) => below(&mut items.iter()),
+        Value::Mapping(entries) => below(&mut entries.iter().map(|(_, node)| node)),
     }
 }
 
@@ -285,12 +289,81 @@ mod tests {
             ("a:\n  b: 1\n c: 2", "3:2", "indent it as the lines around it"),
             ("a: round(x): y", "1:12", "a text that holds `: ` needs quotes"),
             ("a:\n\tb: 1", "2:2", "indent with spaces"),
-            ("{n: count(), p: percentile(x, 0.5), m: max(x)}", "1:17", "a text with a comma needs quotes"),
+            ("{n: count(), p: percentile(x, 0.5), m: max(x)}", "1:31", "put a text with a comma in quotes"),
         ] {
             let problems = parse(text).expect_err(text);
             let told: String = problems.iter().map(|problem| format!("{problem}\n")).collect();
             assert!(problems.len() == 1 && told.starts_with(place) && told.contains(hint), "{text}: {told}");
         }
         assert!(parse("{n: , p: f(x), m: }").is_ok(), "keys without values are for others to judge");
+    }
+
+    /// The problems of a text, one line each.
+    fn problems(text: &str) -> Vec<String> {
+        parse(text).err().unwrap_or_default().iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn what_is_wrong_with_the_text_is_told_with_its_place() {
+        let deep = "[".repeat(DEPTH_MAX + 2) + &"]".repeat(DEPTH_MAX + 2);
+        for (text, expected) in [
+            (
+                "a: 1\nb: 2\na: 3\nb: 4",
+                vec!["3:1: error: `a` is already given on line 1", "4:1: error: `b` is already given on line 2"],
+            ),
+            ("a: 1\n---\nb: 2", vec!["3:1: error: a second YAML document; the file holds one"]),
+            ("a: *b", vec!["1:4: error: "]),
+            ("a: [1, 2\nb: 3", vec!["2:"]),
+            ("a: 'open", vec!["1:"]),
+            ("a: b: c", vec!["1:"]),
+            ("? [a]\n: 1", vec!["1:3: error: a key must be a plain name"]),
+            (&deep, vec!["1:66: error: nested deeper than 64 levels"]),
+        ] {
+            let found = problems(text);
+            assert_eq!(found.len(), expected.len(), "{text}: {found:?}");
+            for (found, expected) in found.iter().zip(expected) {
+                assert!(found.starts_with(expected), "{text}: {found}");
+            }
+        }
+    }
+
+    #[test]
+    fn aliases_count_as_often_and_as_deep_as_they_are_used() {
+        let level = |at: usize, times: usize, opened: usize| {
+            let aliases = vec![format!("*a{}", at - 1); times].join(", ");
+            format!("a{at}: &a{at} {}{aliases}{}\n", "[".repeat(opened), "]".repeat(opened))
+        };
+        let chain = |levels, times, opened| {
+            (1..=levels).fold("a0: &a0 x\n".to_owned(), |text, at| text + &level(at, times, opened))
+        };
+        for (case, text, expected) in [
+            ("few", chain(3, 9, 1), None),
+            ("a bomb", chain(9, 9, 1), Some("more than 100000 values")),
+            ("a deep one", chain(9, 1, 10), Some("nested deeper than 64 levels")),
+        ] {
+            let found = problems(&text);
+            match expected {
+                None => assert!(found.is_empty(), "{case}: {found:?}"),
+                Some(expected) => assert!(found.len() == 1 && found[0].contains(expected), "{case}: {found:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_text_without_values_is_an_empty_mapping() {
+        for text in ["", "\n\n", "# only a comment\n", "---\n", "~", "{}"] {
+            let node = parse(text).expect(text);
+            assert_eq!(node.mapping().map(<[_]>::len), Some(0), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn every_node_knows_its_place() {
+        let node = parse("# ä\na:\n  - x\n  - {k: 'y'}\né: \"z\"\n").expect("YAML");
+        let at = |node: &Node| (node.position.line, node.position.column);
+        let Some(Value::Sequence(items)) = node.get("a").map(|a| &a.value) else { panic!("no list") };
+        assert_eq!(items.iter().map(at).collect::<Vec<_>>(), [(3, 5), (4, 5)]);
+        assert_eq!(items[1].get("k").map(at), Some((4, 9)));
+        assert_eq!(node.get("é").map(at), Some((5, 4)));
     }
 }

@@ -1,6 +1,7 @@
 //! From parsed entries to a checked graph, collecting every problem on the way.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 use std::sync::Arc;
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
@@ -38,7 +39,7 @@ const CHECKPOINT_US_MIN: i64 = 10_000;
 
 /// Checks the parsed file. `None` if anything is wrong; then every problem is in `problems`.
 pub fn check(file: &Pipelines, plugins: &Plugins, problems: &mut Problems) -> Option<Graph> {
-    let mut checker = Checker { file, plugins, problems, names: HashMap::new() };
+    let mut checker = Checker { file, plugins, problems, names: BTreeMap::new() };
     checker.file_level();
     checker.names();
     let sources: Vec<Option<GraphSource>> = file.sources.iter().map(|entry| checker.source(entry)).collect();
@@ -47,6 +48,7 @@ pub fn check(file: &Pipelines, plugins: &Plugins, problems: &mut Problems) -> Op
     let pipelines = checker.pipelines(&order, &steps, &sources);
     let sinks = checker.sinks(&pipelines);
     checker.mounts(&sources, &sinks);
+    checker.history_folders(&sinks);
     if checker.problems.has_errors() {
         return None;
     }
@@ -74,7 +76,7 @@ struct Checker<'a> {
     file: &'a Pipelines,
     plugins: &'a Plugins,
     problems: &'a mut Problems,
-    names: HashMap<&'a str, Named>,
+    names: BTreeMap<&'a str, Named>,
 }
 
 /// A step's options; `None` if they have errors.
@@ -93,18 +95,20 @@ impl<'a> Checker<'a> {
     }
 
     fn file_level(&mut self) {
-        let listen = &self.file.server.listen;
-        let mut cx = CheckContext::new(self.problems, "server", Position::default(), &self.file.folder);
+        let file = self.file;
+        let listen = &file.server.listen;
+        let mut cx = self.context("server".to_owned(), Position::default());
         if listen.parse::<std::net::SocketAddr>().is_err() {
             let hint = Some("an address and a port: `127.0.0.1:8080`, `0.0.0.0:80`".to_owned());
             cx.error_hint(listen.position, format!("`{}` is no address to listen on", listen.value), hint);
         }
-        let every = &self.file.checkpoint.every;
+        let every = &file.checkpoint.every;
+        let mut cx = self.context("checkpoint".to_owned(), Position::default());
         if every.as_us() < CHECKPOINT_US_MIN {
             cx.error(every.position, "checkpoints closer than 10ms leave no time for anything else");
         }
-        if self.file.sources.is_empty() && cx.errors() == 0 {
-            cx.error(Position::default(), "the file names no source");
+        if file.sources.is_empty() && cx.errors() == 0 {
+            self.context(String::new(), Position::default()).error(Position::default(), "the file names no source");
         }
     }
 
@@ -178,9 +182,13 @@ impl<'a> Checker<'a> {
         let plugins = self.plugins;
         let mut list = Vec::new();
         for (number, step) in entry.steps.iter().enumerate() {
+            let Some(options) = &step.options else {
+                list.push(None);
+                continue;
+            };
             let mut cx = self.context(step_node(entry, number), step.name.position);
             list.push(match plugins.operator(&step.name) {
-                Some(plugin) => (plugin.read)(&step.options, &mut cx),
+                Some(plugin) => (plugin.read)(options, &mut cx),
                 None => {
                     let hint = did_you_mean(&step.name, plugins.operators.iter().map(|p| p.type_name));
                     cx.error_hint(step.name.position, format!("no operator `{}`", step.name.value), hint);
@@ -267,12 +275,16 @@ impl<'a> Checker<'a> {
 
     fn sink_indices(&self, entry: &PipelineEntry) -> Vec<usize> {
         let position = |name: &At<String>| self.file.sinks.iter().position(|sink| sink.name.value == name.value);
-        let mut indices: Vec<usize> = entry.config.to.0.iter().filter_map(position).collect();
-        indices.dedup();
+        let mut indices: Vec<usize> = Vec::new();
+        for index in entry.config.to.0.iter().filter_map(position) {
+            if !indices.contains(&index) {
+                indices.push(index);
+            }
+        }
         indices
     }
 
-    /// Finds a producer by name. Its shape is `None` if it has errors itself.
+    /// Finds a producer by name. Its shape is `None` if it has errors itself, or is a source that `sources` leaves out.
     fn producer(
         &mut self,
         name: &At<String>,
@@ -282,7 +294,8 @@ impl<'a> Checker<'a> {
     ) -> Option<(Producer, Option<StreamShape>)> {
         match self.names.get(name.value.as_str()) {
             Some(Named::Source(index)) => {
-                let shape = sources[*index].as_ref().map(|source| StreamShape {
+                let source = sources.get(*index).and_then(Option::as_ref);
+                let shape = source.map(|source| StreamShape {
                     schema: Arc::clone(&source.shape.schema),
                     keys: Vec::new(),
                     windowed: false,
@@ -293,7 +306,7 @@ impl<'a> Checker<'a> {
                 let at = done.iter().position(|checked| checked.entry == *index)?;
                 Some((Producer::Pipeline(at), done[at].shape.clone()))
             }
-            None if self.file.unread.contains(&name.value) => None,
+            None if self.file.unreadable.contains(&name.value) => None,
             None => {
                 let hint = did_you_mean(&name.value, self.names.keys());
                 let mut cx = self.context(cx_node.0.to_owned(), cx_node.1);
@@ -324,7 +337,7 @@ impl<'a> Checker<'a> {
                 shapes.push((name, producer, shape));
             }
         }
-        if names.is_empty() {
+        if names.is_empty() && !entry.is_partial {
             self.context(node.clone(), entry.position).error(entry.position, "`from` names no source or pipeline");
         }
         let known: Vec<(&At<String>, StreamShape)> =
@@ -376,6 +389,8 @@ impl<'a> Checker<'a> {
                 });
             }
             let mut cx = self.context(node, step.name.position);
+            let kept = read.as_ref().filter(|operator| operator.keeps_columns());
+            let kept = kept.and(step_inputs.as_ref()).and_then(|list| list.first().cloned());
             let planned = step_inputs.zip(read.as_ref()).and_then(|(list, operator)| operator.plan(&list, &mut cx));
             match planned {
                 Some(Planned { shape: next, operator }) => {
@@ -386,7 +401,7 @@ impl<'a> Checker<'a> {
                         list
                     });
                 }
-                None => operators = None,
+                None => (operators, shape) = (None, kept),
             }
         }
         (operators, shape)
@@ -420,11 +435,13 @@ impl<'a> Checker<'a> {
         let config: Arc<dyn AnySink> = (plugin.read)(&entry.options, &mut cx)?.into();
         let mut inputs = Vec::new();
         let mut producers = Vec::new();
+        // What an entry that could not be read would write is as unknown as the rows of a pipeline with errors.
+        let mut all_known = file.unreadable.is_empty();
         for (index, checked) in pipelines.iter().enumerate() {
             let pipeline = &file.pipelines[checked.entry];
             if pipeline.config.to.0.iter().any(|name| name.value == entry.name.value) {
-                // A pipeline with errors has no shape: the sink cannot be checked against it.
-                let shape = checked.shape.clone()?;
+                all_known &= checked.shape.is_some();
+                let Some(shape) = checked.shape.clone() else { continue };
                 inputs.push(SinkInput { metric: pipeline.name.value.clone(), shape });
                 producers.push(Producer::Pipeline(index));
             }
@@ -437,12 +454,26 @@ impl<'a> Checker<'a> {
                 producers.push(Producer::SourceErrors(index));
             }
         }
-        let shape = config.check(&inputs, &mut cx)?;
-        if inputs.is_empty() {
+        let shape = config.check(if all_known { &inputs } else { &[] }, &mut cx)?;
+        if inputs.is_empty() && all_known {
             cx.note(entry.position, "no pipeline writes to this sink");
         }
         let (name, type_name) = (entry.name.value.clone(), entry.type_name.value.clone());
         Some(GraphSink { name, type_name, config, inputs, producers, shape })
+    }
+
+    /// Two sinks that keep history in one folder: their files could not be told apart by pipeline.
+    fn history_folders(&mut self, sinks: &[Option<GraphSink>]) {
+        let file = self.file;
+        let mut taken: HashMap<&Path, &str> = HashMap::new();
+        for (sink, entry) in sinks.iter().zip(&file.sinks) {
+            let Some(folder) = sink.as_ref().and_then(|sink| sink.shape.history.as_deref()) else { continue };
+            if let Some(other) = taken.insert(folder, &entry.name.value) {
+                let mut cx = self.context(format!("sink {}", entry.name.value), entry.position);
+                let message = format!("the folder `{}` is taken by sink {other} already", folder.display());
+                cx.error(entry.position, message);
+            }
+        }
     }
 
     /// Two plugins on one path, or a plugin on one of the engine's.
@@ -482,7 +513,7 @@ fn step_node(entry: &PipelineEntry, number: usize) -> String {
 }
 
 fn sink_exists(file: &Pipelines, name: &At<String>, cx: &mut CheckContext<'_>) {
-    if !file.unread.contains(&name.value) && !file.sinks.iter().any(|sink| sink.name.value == name.value) {
+    if !file.sinks.iter().any(|sink| sink.name.value == name.value) && !file.unreadable.contains(&name.value) {
         let hint = did_you_mean(&name.value, file.sinks.iter().map(|sink| &sink.name.value));
         cx.error_hint(name.position, format!("no sink `{}`", name.value), hint);
     }
@@ -556,7 +587,8 @@ fn canonical(node: &Node) -> String {
 fn fingerprint(entry: &PipelineEntry, inputs: &[Input], sources: &[Option<GraphSource>], done: &[Checked]) -> u64 {
     let mut text = String::new();
     for step in &entry.steps {
-        text.push_str(&format!("{}:{};", step.name.value, canonical(&step.options)));
+        let options = step.options.as_ref().map(canonical).unwrap_or_default();
+        text.push_str(&format!("{}:{options};", step.name.value));
     }
     for input in inputs {
         let schema = match input.producer {

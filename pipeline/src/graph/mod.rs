@@ -3,6 +3,8 @@
 
 mod check;
 pub mod display;
+#[cfg(test)]
+mod tests;
 
 use std::path::PathBuf;
 use std::sync::Arc;

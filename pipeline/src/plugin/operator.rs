@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use crate::batch::Batch;
 use crate::config::tree::Node;
 use crate::config::{At, CheckContext, deserialize};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::state::{StateReader, StateWriter};
 
 /// The configuration of an operator: what stands after its name in `steps:`.
@@ -25,8 +25,15 @@ pub trait OperatorConfig: DeserializeOwned + JsonSchema + Send + Sync + Sized + 
         Vec::new()
     }
 
+    /// Whether what it emits has the columns of its main input, whatever the options: then `check` goes on to the
+    /// steps after it even if this one has mistakes.
+    fn keeps_columns(&self) -> bool {
+        false
+    }
+
     /// Checks the step over its inputs and makes the operator. `inputs[0]` is the step before; then the side
-    /// inputs in order. Pure. `None` if it cannot be made; then at least one problem was reported.
+    /// inputs in order. Pure. After problems, [`Planned::broken`] with the best-known columns lets the later steps be
+    /// checked all the same; `None` if nothing is known. In both cases at least one problem was reported.
     fn plan(&self, inputs: &[StreamShape], cx: &mut CheckContext<'_>) -> Option<Planned>;
 }
 
@@ -48,6 +55,23 @@ pub struct Planned {
     pub shape: StreamShape,
     /// The operator, with no state yet.
     pub operator: Box<dyn Operator>,
+}
+
+impl Planned {
+    /// A step with problems: what it would emit as far as is known, a column of unknown type being of type Null.
+    /// The graph is refused, so it never runs.
+    pub fn broken(shape: StreamShape) -> Self {
+        Self { shape, operator: Box::new(Broken) }
+    }
+}
+
+/// Stands for an operator that could not be made.
+struct Broken;
+
+impl Operator for Broken {
+    fn process(&mut self, _input: usize, _batch: Batch, _out: &mut Output) -> Result<()> {
+        Err(Error::internal("a step with problems was started"))
+    }
 }
 
 /// A running operator. Called by one task.
@@ -133,6 +157,8 @@ pub struct OperatorPlugin {
 pub trait AnyOperator: Send + Sync {
     /// See [`OperatorConfig::side_inputs`].
     fn side_inputs(&self) -> Vec<At<String>>;
+    /// See [`OperatorConfig::keeps_columns`].
+    fn keeps_columns(&self) -> bool;
     /// See [`OperatorConfig::plan`].
     fn plan(&self, inputs: &[StreamShape], cx: &mut CheckContext<'_>) -> Option<Planned>;
 }
@@ -140,6 +166,9 @@ pub trait AnyOperator: Send + Sync {
 impl<T: OperatorConfig> AnyOperator for T {
     fn side_inputs(&self) -> Vec<At<String>> {
         OperatorConfig::side_inputs(self)
+    }
+    fn keeps_columns(&self) -> bool {
+        OperatorConfig::keeps_columns(self)
     }
     fn plan(&self, inputs: &[StreamShape], cx: &mut CheckContext<'_>) -> Option<Planned> {
         OperatorConfig::plan(self, inputs, cx)

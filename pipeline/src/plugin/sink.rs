@@ -36,7 +36,8 @@ pub trait SinkConfig: DeserializeOwned + JsonSchema + Send + Sync + Sized + 'sta
     /// YAML of one sink, with `type:`, that checks clean for the example rows of the operators.
     const EXAMPLE: &'static str;
 
-    /// Reports what is wrong, for the pipelines that name this sink. Pure.
+    /// Reports what is wrong, for the pipelines that name this sink. Pure. `inputs` is empty if none does, or if what
+    /// one writes is not known because of its own mistakes: then nothing is wrong for want of a column.
     fn check(&self, inputs: &[SinkInput], cx: &mut CheckContext<'_>) -> Option<SinkShape>;
 
     /// Makes the running sink. Called once; opens no connection. May create folders.

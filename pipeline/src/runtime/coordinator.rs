@@ -9,7 +9,7 @@ use tracing::{info, warn};
 
 use super::edge::Barrier;
 use super::store::{Checkpoint, Store};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Retry};
 
 /// A stop takes at most this long; then the process ends without a last checkpoint.
 const STOP_DEADLINE: Duration = Duration::from_secs(20);
@@ -32,6 +32,8 @@ pub(crate) enum Report {
     Committed(String, u64, Result<(), String>),
     /// A source has reached its end or failed for good.
     SourceEnded(String),
+    /// The node's task has panicked, with this message.
+    Died(String, String),
 }
 
 /// Why the graph stopped.
@@ -59,14 +61,15 @@ pub(crate) struct Coordinator {
 impl Coordinator {
     /// Runs until the end of all sources or until `stop` resolves; then stops the graph.
     pub(crate) async fn run(mut self, stop: impl Future<Output = ()>, drain: bool) -> Result<Stopped> {
-        let stopped = if drain { Stopped::Ended } else { self.until_stop(stop).await };
+        let stopped = if drain { Stopped::Ended } else { self.until_stop(stop).await? };
         let last = async {
             if stopped == Stopped::Ended {
                 for control in &self.controls {
                     let _ = control.send(Control::Close).await;
                 }
             }
-            self.checkpoint(true).await
+            let number = self.begin(true).await;
+            self.finish(number).await
         };
         match timeout(STOP_DEADLINE, last).await {
             Ok(Ok(())) => {}
@@ -84,41 +87,63 @@ impl Coordinator {
         Ok(stopped)
     }
 
-    async fn until_stop(&mut self, stop: impl Future<Output = ()>) -> Stopped {
+    async fn until_stop(&mut self, stop: impl Future<Output = ()>) -> Result<Stopped> {
         let mut timer = interval(self.every);
         timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
         tokio::pin!(stop);
         loop {
             if self.ended.len() == self.controls.len() {
-                return Stopped::Ended;
+                return Ok(Stopped::Ended);
             }
             tokio::select! {
-                () = &mut stop => return Stopped::Asked,
-                report = self.reports.recv() => self.note(report),
+                () = &mut stop => return Ok(Stopped::Asked),
+                report = self.reports.recv() => self.note(report)?,
                 _ = timer.tick() => {
-                    // A checkpoint is not cut off by a stop: the barrier is in the stream already.
-                    if let Err(error) = self.checkpoint(false).await {
-                        warn!("{error}; the next checkpoint tries again");
+                    let number = self.begin(false).await;
+                    // A sink that is blocked blocks the barrier too: a stop must not wait for it. What the nodes
+                    // still answer to this checkpoint is then passed over.
+                    let finished = tokio::select! {
+                        finished = self.finish(number) => finished,
+                        () = &mut stop => return Ok(Stopped::Asked),
+                    };
+                    match finished {
+                        Err(error) if error.retry == Retry::Never => return Err(error),
+                        Err(error) => warn!("{error}; the next checkpoint tries again"),
+                        Ok(()) => {}
                     }
                 }
             }
         }
     }
 
-    fn note(&mut self, report: Option<Report>) {
-        if let Some(Report::SourceEnded(key)) = report {
-            info!("{key} has ended");
-            self.ended.insert(key);
+    fn note(&mut self, report: Option<Report>) -> Result<()> {
+        match report {
+            Some(Report::SourceEnded(key)) => {
+                info!("{key} has ended");
+                self.ended.insert(key);
+            }
+            // Without it no checkpoint can be whole: going on would only pretend.
+            Some(Report::Died(key, message)) => {
+                return Err(Error::internal(format!("{key} has met a mistake in the program: {message}")));
+            }
+            _ => {}
         }
+        Ok(())
     }
 
-    /// Takes one checkpoint: barrier through the graph, states to the disk, then staged files into view.
-    async fn checkpoint(&mut self, last: bool) -> Result<()> {
+    /// Puts the barrier of the next checkpoint into the stream. A source takes it at once or, while it is held
+    /// back, later: its queue has room for every barrier that can be on its way.
+    async fn begin(&mut self, last: bool) -> u64 {
         let number = self.next;
         self.next += 1;
         for control in &self.controls {
             let _ = control.send(Control::Barrier(Barrier { checkpoint: number, last })).await;
         }
+        number
+    }
+
+    /// Takes the checkpoint whose barrier is on its way: states to the disk, then staged files into view.
+    async fn finish(&mut self, number: u64) -> Result<()> {
         let checkpoint = self.collect(number).await?;
         tokio::task::block_in_place(|| self.store.write(&checkpoint))?;
         for commit in self.commits.values() {
@@ -141,10 +166,14 @@ impl Coordinator {
                         Ok(state) => {
                             checkpoint.nodes.insert(key, (fingerprint, state));
                         }
-                        Err(error) => failed = Some(error.context(format!("checkpoint {number}: {key}"))),
+                        Err(mut error) => {
+                            // The rows are kept, so the next checkpoint may succeed.
+                            error.retry = Retry::BackOff;
+                            failed = Some(error.context(format!("checkpoint {number}: {key}")));
+                        }
                     }
                 }
-                Some(report) => self.note(Some(report)),
+                Some(report) => self.note(Some(report))?,
                 None => return Err(Error::internal("all nodes are gone")),
             }
         }
@@ -161,7 +190,7 @@ impl Coordinator {
                     }
                     waiting.remove(&key);
                 }
-                Some(report) => self.note(Some(report)),
+                Some(report) => self.note(Some(report))?,
                 None => return Err(Error::internal("all nodes are gone")),
             }
         }

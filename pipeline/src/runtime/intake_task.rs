@@ -180,6 +180,9 @@ impl IntakeTask {
 
     async fn take_rows(&mut self, rows: &RecordBatch, mut errors: Vec<RowError>) -> Result<()> {
         let ingest_us = self.clock.stamp();
+        if rows.num_rows() > 0 || !errors.is_empty() {
+            self.clock.row_came();
+        }
         let rows = self.drop_without_event_time(rows, &mut errors)?;
         self.emit_errors(errors, ingest_us).await?;
         let mut offset = 0;
@@ -278,10 +281,12 @@ pub(crate) struct SourceClock {
     ingest_us: i64,
     /// Last watermark given out.
     watermark_us: i64,
-    /// Wall clock at the last row or (re)connect: idleness counts from here.
-    active_us: i64,
+    /// The last row or (re)connect: idleness counts from here. Not by the wall clock, which may jump.
+    active: Instant,
     connected: bool,
     unwanted: bool,
+    /// Whether the consumers were told that no row is to be waited for.
+    told_idle: bool,
 }
 
 impl SourceClock {
@@ -291,16 +296,17 @@ impl SourceClock {
             newest_us: i64::MIN,
             ingest_us: i64::MIN,
             watermark_us: i64::MIN,
-            active_us: now_us(),
+            active: Instant::now(),
             connected: false,
             unwanted: false,
+            told_idle: false,
         }
     }
 
     fn set_connected(&mut self, connected: bool) {
         self.connected = connected;
         self.unwanted = false;
-        self.active_us = now_us();
+        self.active = Instant::now();
     }
 
     fn set_unwanted(&mut self) {
@@ -309,11 +315,14 @@ impl SourceClock {
 
     /// The time of receipt of what arrives now.
     fn stamp(&mut self) -> i64 {
-        let now = now_us();
-        self.active_us = now;
         self.unwanted = false;
-        self.ingest_us = self.ingest_us.max(now);
+        self.ingest_us = self.ingest_us.max(now_us());
         self.ingest_us
+    }
+
+    /// What arrived was not empty, as an idle poll is.
+    fn row_came(&mut self) {
+        self.active = Instant::now();
     }
 
     /// The times of rows received at `ingest_us`; their event times move the clock.
@@ -356,22 +365,26 @@ impl SourceClock {
     }
 
     /// What time alone does: over the time of receipt it moves the watermark; over event time it makes a
-    /// source idle that is connected, has nothing queued and got no row for long.
+    /// source idle that is connected, has nothing queued and got no row for long, and tells when that is over.
     fn tick(&mut self, nothing_queued: bool) -> Option<Message> {
-        let now = now_us();
         let Some(event_time) = self.event_time else {
             if !nothing_queued {
                 return None;
             }
-            self.ingest_us = self.ingest_us.max(now);
+            self.ingest_us = self.ingest_us.max(now_us());
             self.newest_us = self.newest_us.max(self.ingest_us);
             return self.advanced().map(Message::Watermark);
         };
-        let quiet_us = now.saturating_sub(self.active_us);
+        let quiet_us = i64::try_from(self.active.elapsed().as_micros()).unwrap_or(i64::MAX);
         let idle = self.unwanted || (self.connected && nothing_queued && quiet_us >= event_time.idle_us);
+        if !idle {
+            let was_idle = std::mem::take(&mut self.told_idle);
+            return was_idle.then_some(Message::Watermark(self.watermark_us));
+        }
+        self.told_idle = true;
         // Without any row there is no event time to go on from: i64::MIN still says that this input holds nothing back.
         let on = if self.newest_us == i64::MIN { i64::MIN } else { self.trailing().saturating_add(quiet_us) };
-        idle.then_some(Message::Idle(on))
+        Some(Message::Idle(on))
     }
 
     fn snapshot(&self, state: &mut StateWriter) {
@@ -385,5 +398,147 @@ impl SourceClock {
         self.ingest_us = state.i64()?;
         self.watermark_us = state.i64()?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::schema::{FieldType, schema_of};
+
+    const MIN: i64 = i64::MIN;
+
+    /// A clock over the only column, 10 us late at most and idle at once.
+    fn event_clock() -> SourceClock {
+        SourceClock::new(Some(EventTime { column: 0, lateness_us: 10, idle_us: 0 }))
+    }
+
+    fn rows(event_us: &[i64]) -> RecordBatch {
+        let column = TimestampMicrosecondArray::from(event_us.to_vec()).with_timezone("UTC");
+        let schema = schema_of([("ts", FieldType::Timestamp(None))]);
+        RecordBatch::try_new(schema, vec![Arc::new(column)]).expect("rows")
+    }
+
+    fn watermarks(clock: &mut SourceClock, event_us: &[i64]) -> Vec<i64> {
+        let times = clock.times(&rows(event_us), 7).expect("times");
+        assert_eq!(times.event_us.values(), event_us);
+        assert!(times.ingest_us.values().iter().all(|ingest| *ingest == 7));
+        times.watermark_us.values().to_vec()
+    }
+
+    #[test]
+    fn each_row_meets_the_newest_time_before_it_less_the_lateness_however_batches_are_cut() {
+        for (event_us, expected) in [
+            (vec![100, 105, 95, 120, 120, 110], vec![MIN, 90, 95, 95, 110, 110]),
+            (vec![-5, 0, -100], vec![MIN, -15, -10]),
+            (vec![MIN + 3, 50], vec![MIN, MIN]),
+            (vec![i64::MAX, 0], vec![MIN, i64::MAX - 10]),
+        ] {
+            for size in 1..=event_us.len() {
+                let mut clock = event_clock();
+                let cut: Vec<i64> = event_us.chunks(size).flat_map(|part| watermarks(&mut clock, part)).collect();
+                assert_eq!(cut, expected, "{event_us:?} in batches of {size}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_watermark_is_given_out_once_and_only_forward() {
+        let mut clock = event_clock();
+        assert_eq!(clock.advanced(), None, "no row, no watermark");
+        for (event_us, expected) in [(100, Some(90)), (100, None), (50, None), (101, Some(91))] {
+            watermarks(&mut clock, &[event_us]);
+            assert_eq!(clock.advanced(), expected, "after {event_us}");
+            assert_eq!(clock.advanced(), None);
+        }
+    }
+
+    #[test]
+    fn over_the_time_of_receipt_no_tick_makes_a_later_row_late() {
+        let mut clock = SourceClock::new(None);
+        for round in 0..100 {
+            let given = match clock.tick(true) {
+                Some(Message::Watermark(time)) => time,
+                None => clock.watermark_us,
+                other => panic!("a tick without event time gave {other:?}"),
+            };
+            let ingest_us = clock.stamp();
+            let times = clock.times(&rows(&[0, 0]), ingest_us).expect("times");
+            assert_eq!(times.event_us.values(), &[ingest_us, ingest_us], "round {round}");
+            for watermark in times.watermark_us.values() {
+                assert!(ingest_us >= given && ingest_us >= *watermark, "round {round}: a row before the watermark");
+            }
+        }
+        assert!(clock.tick(false).is_none(), "rows that wait were received before now");
+    }
+
+    #[test]
+    fn a_wall_clock_set_back_does_not_set_the_time_of_receipt_back() {
+        let ahead = now_us() + 3_600_000_000;
+        let mut clock =
+            SourceClock { ingest_us: ahead, newest_us: ahead, watermark_us: ahead, ..SourceClock::new(None) };
+        assert_eq!(clock.stamp(), ahead);
+        assert!(clock.tick(true).is_none());
+    }
+
+    #[test]
+    fn a_source_is_idle_only_if_connected_and_quiet_or_if_nobody_wants_it() {
+        /// An hour: longer than this test runs.
+        const LONG: i64 = 3_600_000_000;
+        for (connected, unwanted, idle_us, nothing_queued, idle) in [
+            (true, false, 0, true, true),
+            (true, false, 0, false, false),
+            (true, false, LONG, true, false),
+            (false, false, 0, true, false),
+            (false, true, LONG, true, true),
+        ] {
+            let mut clock = SourceClock::new(Some(EventTime { column: 0, lateness_us: 10, idle_us }));
+            clock.set_connected(connected);
+            if unwanted {
+                clock.set_unwanted();
+            }
+            let case =
+                format!("connected {connected}, unwanted {unwanted}, {idle_us} us, queue empty {nothing_queued}");
+            let told = clock.tick(nothing_queued);
+            assert_eq!(told.is_some(), idle, "{case}");
+            // Before the first row there is no time to go on from.
+            assert!(told.is_none_or(|message| matches!(message, Message::Idle(MIN))), "{case}");
+        }
+    }
+
+    #[test]
+    fn an_idle_source_goes_on_from_its_watermark_and_a_row_ends_that() {
+        let mut clock = event_clock();
+        clock.set_unwanted();
+        watermarks(&mut clock, &[100]);
+        let Some(Message::Idle(on)) = clock.tick(true) else { panic!("not idle") };
+        assert!(on >= 90, "{on}");
+        clock.stamp();
+        let given = clock.watermark_us;
+        assert!(matches!(clock.tick(true), Some(Message::Watermark(time)) if time == given), "wanted again");
+        assert!(clock.tick(true).is_none(), "and not connected");
+    }
+
+    #[test]
+    fn a_restored_clock_gives_the_same_watermarks() {
+        for event_time in [None, Some(EventTime { column: 0, lateness_us: 10, idle_us: 0 })] {
+            let mut clock = SourceClock::new(event_time);
+            clock.times(&rows(&[100, 90]), 1_000).expect("times");
+            clock.stamp();
+            clock.advanced();
+            let mut state = StateWriter::default();
+            clock.snapshot(&mut state);
+            let state = state.finish();
+            let mut restored = SourceClock::new(event_time);
+            let mut reader = StateReader::new(&state);
+            restored.restore(&mut reader).expect("a state");
+            assert!(reader.is_empty());
+            assert_eq!(restored.advanced(), None, "given out before");
+            let rows = rows(&[95, 200, 150]);
+            let (one, other) = (clock.times(&rows, 2_000), restored.times(&rows, 2_000));
+            let (one, other) = (one.expect("times"), other.expect("times"));
+            assert_eq!(one.watermark_us, other.watermark_us);
+            assert_eq!(clock.advanced(), restored.advanced());
+        }
     }
 }

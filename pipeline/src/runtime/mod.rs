@@ -23,8 +23,10 @@ mod store;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
+use futures::FutureExt;
 use futures::future::join_all;
 use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Handle, Runtime};
@@ -245,6 +247,7 @@ impl Starter {
             number: 0,
             watermark_us: i64::MIN,
             forwarded_us: i64::MIN,
+            told_idle: false,
             failed: false,
             failed_rows: 0,
             key,
@@ -272,6 +275,7 @@ impl Starter {
         let receivers = sink.producers.iter().map(|producer| nodes.outlets.add(*producer, takes)).collect();
         let inputs = sink.inputs.len();
         let tail = |input| self.tails.get(&(index, input)).cloned().unwrap_or_default();
+        let sink_inputs = sink.inputs.clone();
         let built = sink.config.build(SinkContext {
             name: sink.name.clone(),
             inputs: sink.inputs,
@@ -289,7 +293,7 @@ impl Starter {
                 Running::Staging(staging)
             }
             Sink::Outbox(outbox_sink, limits) => {
-                let outbox = Arc::new(Outbox::new(limits, inputs));
+                let outbox = Arc::new(Outbox::new(limits, sink_inputs));
                 if let Some(state) = state {
                     outbox.restore(state).map_err(|e| e.context(&key))?;
                 }
@@ -405,24 +409,34 @@ impl Nodes {
     /// Spawns everything, consumers first.
     fn start(self, operators: &Handle, drain: bool) -> Signals {
         for task in self.deliveries {
-            tokio::spawn(task.run());
+            let key = format!("sink/{}", task.name);
+            tokio::spawn(watched(key, self.reporter.clone(), task.run()));
         }
         for task in self.sinks {
-            tokio::spawn(task.run());
+            tokio::spawn(watched(task.key.clone(), self.reporter.clone(), task.run()));
         }
         for task in self.pipelines {
-            operators.spawn(task.run());
+            operators.spawn(watched(task.key.clone(), self.reporter.clone(), task.run()));
         }
         let mut readers = Vec::new();
         for (intake, reader) in self.sources {
-            operators.spawn(intake.run());
+            let key = intake.key.clone();
+            operators.spawn(watched(key.clone(), self.reporter.clone(), intake.run()));
             if drain {
                 reader.status.set_state(NodeState::Ended);
             } else {
-                readers.push(tokio::spawn(reader.run()));
+                readers.push(tokio::spawn(watched(key, self.reporter.clone(), reader.run())));
             }
         }
         (self.controls, self.commits, self.fingerprints, readers)
+    }
+}
+
+/// Runs a node's task; a panic in it ends the run with an error, instead of leaving a graph that waits for it.
+async fn watched(key: String, reporter: mpsc::Sender<Report>, task: impl Future<Output = ()> + Send) {
+    if let Err(panic) = AssertUnwindSafe(task).catch_unwind().await {
+        let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+        let _ = reporter.send(Report::Died(key, text.unwrap_or("panic").to_owned())).await;
     }
 }
 

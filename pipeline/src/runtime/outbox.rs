@@ -13,7 +13,7 @@ use tracing::warn;
 
 use super::back_off::BackOff;
 use crate::error::{Error, Result, Retry};
-use crate::plugin::{BatchLimits, OutboxSink};
+use crate::plugin::{BatchLimits, OutboxSink, SinkInput};
 use crate::state::{StateReader, StateWriter};
 use crate::status::{NodeState, NodeStatus, lock};
 use crate::time::now_us;
@@ -34,6 +34,7 @@ pub(crate) struct Outbox {
 }
 
 struct Inner {
+    inputs: Vec<SinkInput>,
     waiting: Vec<Waiting>,
     in_flight: Option<Delivery>,
     next_id: u64,
@@ -44,9 +45,9 @@ struct Inner {
 /// Rows of one input.
 #[derive(Default)]
 struct Waiting {
-    batches: VecDeque<RecordBatch>,
+    /// Rows, and since when they wait.
+    batches: VecDeque<(Instant, RecordBatch)>,
     rows: usize,
-    since: Option<Instant>,
 }
 
 /// Rows that are being delivered; a repeated delivery has the same id and the same rows.
@@ -58,13 +59,13 @@ struct Delivery {
 }
 
 impl Outbox {
-    pub(crate) fn new(limits: BatchLimits, inputs: usize) -> Self {
-        let waiting = (0..inputs).map(|_| Waiting::default()).collect();
+    pub(crate) fn new(limits: BatchLimits, inputs: Vec<SinkInput>) -> Self {
+        let waiting = inputs.iter().map(|_| Waiting::default()).collect();
         // Ids grow through restarts, so that a sink that remembers the last one never takes a new delivery for a repeated one.
         let next_id = u64::try_from(now_us()).unwrap_or(1);
         Self {
             limits,
-            inner: Mutex::new(Inner { waiting, in_flight: None, next_id, bytes: 0, draining: false }),
+            inner: Mutex::new(Inner { inputs, waiting, in_flight: None, next_id, bytes: 0, draining: false }),
             changed: Notify::new(),
             room: Notify::new(),
             empty: Notify::new(),
@@ -107,13 +108,14 @@ impl Outbox {
         let inner = lock(&self.inner);
         state.bool(inner.in_flight.is_some());
         if let Some(delivery) = &inner.in_flight {
-            state.u64(delivery.input as u64);
+            state.str(&inner.inputs[delivery.input].metric);
             state.u64(delivery.id);
             state.batches(std::slice::from_ref(&delivery.rows))?;
         }
         state.u64(inner.waiting.len() as u64);
-        for waiting in &inner.waiting {
-            let batches: Vec<RecordBatch> = waiting.batches.iter().cloned().collect();
+        for (input, waiting) in inner.inputs.iter().zip(&inner.waiting) {
+            state.str(&input.metric);
+            let batches: Vec<RecordBatch> = waiting.batches.iter().map(|(_, rows)| rows.clone()).collect();
             state.batches(&batches)?;
         }
         Ok(())
@@ -123,16 +125,20 @@ impl Outbox {
         let mut state = StateReader::new(state);
         let mut inner = lock(&self.inner);
         if state.bool()? {
-            let input = usize::try_from(state.u64()?).unwrap_or(usize::MAX);
+            let metric = state.str()?;
             let id = state.u64()?;
             inner.next_id = inner.next_id.max(id + 1);
-            if let Some(rows) = state.batches()?.into_iter().next().filter(|_| input < inner.waiting.len()) {
-                inner.in_flight = Some(Delivery { input, id, rows });
+            for rows in state.batches()? {
+                if let Some(input) = inner.input_of(metric, &rows) {
+                    inner.bytes += size(&rows);
+                    inner.in_flight = Some(Delivery { input, id, rows });
+                }
             }
         }
-        for input in 0..state.count()? {
+        for _ in 0..state.count()? {
+            let metric = state.str()?;
             for rows in state.batches()? {
-                if input < inner.waiting.len() {
+                if let Some(input) = inner.input_of(metric, &rows) {
                     inner.add(input, rows);
                 }
             }
@@ -149,8 +155,10 @@ impl Outbox {
         let now = Instant::now();
         let draining = inner.draining;
         let limits = self.limits;
+        // The longest waiting first, so that no input starves behind one that is always full.
         let due = |waiting: &Waiting| {
-            waiting.since.map(|since| if draining || waiting.rows >= limits.rows { now } else { since + limits.every })
+            let (since, _) = waiting.batches.front()?;
+            Some(if draining || waiting.rows >= limits.rows { *since } else { *since + limits.every })
         };
         let first = inner.waiting.iter().enumerate().filter_map(|(input, w)| Some((due(w)?, input))).min();
         match first {
@@ -194,12 +202,23 @@ impl Outbox {
 }
 
 impl Inner {
+    /// The input that takes rows of an earlier run: the same metric with the same columns.
+    fn input_of(&self, metric: &str, rows: &RecordBatch) -> Option<usize> {
+        let same =
+            |input: &SinkInput| input.metric == metric && input.shape.schema.fields() == rows.schema_ref().fields();
+        let found = self.inputs.iter().position(same);
+        if found.is_none() {
+            let count = rows.num_rows();
+            warn!("`{metric}` has other columns now or goes elsewhere: {count} rows that waited for delivery are lost");
+        }
+        found
+    }
+
     fn add(&mut self, input: usize, rows: RecordBatch) {
         self.bytes += size(&rows);
         let waiting = &mut self.waiting[input];
         waiting.rows += rows.num_rows();
-        waiting.since.get_or_insert_with(Instant::now);
-        waiting.batches.push_back(rows);
+        waiting.batches.push_back((Instant::now(), rows));
     }
 
     fn is_empty(&self) -> bool {
@@ -212,9 +231,9 @@ impl Waiting {
     fn take(&mut self, rows_max: usize) -> Result<RecordBatch> {
         let mut parts = Vec::new();
         let mut wanted = rows_max.max(1);
-        while let Some(batch) = self.batches.pop_front() {
+        while let Some((since, batch)) = self.batches.pop_front() {
             if batch.num_rows() > wanted {
-                self.batches.push_front(batch.slice(wanted, batch.num_rows() - wanted));
+                self.batches.push_front((since, batch.slice(wanted, batch.num_rows() - wanted)));
                 parts.push(batch.slice(0, wanted));
                 break;
             }
@@ -227,7 +246,6 @@ impl Waiting {
         let first = parts.first().ok_or_else(|| Error::internal("nothing to deliver"))?;
         let rows = concat_batches(first.schema_ref(), &parts)?;
         self.rows -= rows.num_rows();
-        self.since = (self.rows > 0).then(Instant::now);
         Ok(rows)
     }
 }
@@ -289,6 +307,210 @@ impl DeliveryTask {
                 Err(error) => return Err(error),
             }
             self.outbox.done(&delivery);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow::array::{AsArray, Int64Array};
+    use arrow::datatypes::Int64Type;
+    use async_trait::async_trait;
+    use futures::poll;
+
+    use super::*;
+    use crate::plugin::StreamShape;
+    use crate::schema::{FieldType, schema_of};
+    use crate::status::{NodeKind, Status};
+
+    /// Longer than any test runs.
+    const LONG: Duration = Duration::from_secs(3600);
+
+    fn outbox(rows: usize, every: Duration, metrics: &[&str]) -> Outbox {
+        let shape = StreamShape { schema: schema_of([("a", FieldType::Int)]), keys: Vec::new(), windowed: false };
+        let input = |metric: &&str| SinkInput { metric: (*metric).to_owned(), shape: shape.clone() };
+        Outbox::new(BatchLimits { rows, every }, metrics.iter().map(input).collect())
+    }
+
+    fn rows(values: impl IntoIterator<Item = i64>) -> RecordBatch {
+        let column = Int64Array::from_iter_values(values);
+        RecordBatch::try_new(schema_of([("a", FieldType::Int)]), vec![Arc::new(column)]).expect("rows")
+    }
+
+    fn values(rows: &RecordBatch) -> Vec<i64> {
+        rows.column(0).as_primitive::<Int64Type>().values().to_vec()
+    }
+
+    /// The delivery that is due, as its input and rows; done at once.
+    fn delivered(outbox: &Outbox) -> Option<(usize, Vec<i64>)> {
+        let delivery = outbox.next().expect("no failure").ok()?;
+        outbox.done(&delivery);
+        Some((delivery.input, values(&delivery.rows)))
+    }
+
+    #[tokio::test]
+    async fn rows_are_due_at_the_limit_or_when_they_have_waited_and_never_more_at_once() {
+        let zero = Duration::ZERO;
+        for (case, every, puts, expected, left) in [
+            ("below the limit", LONG, vec![2], vec![], 2),
+            ("at the limit", LONG, vec![2, 1], vec![vec![0, 1, 2]], 0),
+            ("a large batch is cut", LONG, vec![8], vec![vec![0, 1, 2], vec![3, 4, 5]], 2),
+            ("batches are joined and cut", LONG, vec![2, 2, 1], vec![vec![0, 1, 2]], 2),
+            ("waited", zero, vec![2], vec![vec![0, 1]], 0),
+            ("what is cut off has waited too", zero, vec![4], vec![vec![0, 1, 2], vec![3]], 0),
+        ] {
+            let outbox = outbox(3, every, &["m"]);
+            let mut first = 0;
+            for count in puts {
+                outbox.put(0, &rows(first..first + count)).await;
+                first += count;
+            }
+            let seen: Vec<Vec<i64>> = std::iter::from_fn(|| delivered(&outbox)).map(|(_, rows)| rows).collect();
+            assert_eq!(seen, expected, "{case}");
+            let inner = lock(&outbox.inner);
+            assert_eq!((inner.waiting[0].rows, inner.is_empty()), (left, left == 0), "{case}");
+        }
+    }
+
+    #[tokio::test]
+    async fn rows_that_are_cut_off_keep_the_time_since_which_they_wait() {
+        let outbox = outbox(3, LONG, &["m"]);
+        outbox.put(0, &rows(0..4)).await;
+        let since = lock(&outbox.inner).waiting[0].batches[0].0;
+        assert_eq!(delivered(&outbox), Some((0, vec![0, 1, 2])));
+        let Ok(Err(Some(at))) = outbox.next() else { panic!("one row waits") };
+        assert_eq!(at, since + LONG);
+    }
+
+    #[tokio::test]
+    async fn each_input_is_delivered_by_itself_and_the_longest_waiting_first() {
+        let outbox = outbox(3, Duration::ZERO, &["m", "n"]);
+        for (input, values) in [(1, 0..2), (0, 2..3), (1, 3..4)] {
+            outbox.put(input, &rows(values)).await;
+        }
+        assert_eq!(delivered(&outbox), Some((1, vec![0, 1, 3])));
+        assert_eq!(delivered(&outbox), Some((0, vec![2])));
+        assert_eq!(delivered(&outbox), None);
+    }
+
+    #[tokio::test]
+    async fn an_input_that_is_always_full_does_not_starve_another() {
+        let outbox = outbox(1, LONG, &["m", "n"]);
+        for (input, value) in [(0, 0), (1, 1), (0, 2)] {
+            outbox.put(input, &rows([value])).await;
+        }
+        for expected in [(0, vec![0]), (1, vec![1]), (0, vec![2])] {
+            assert_eq!(delivered(&outbox), Some(expected));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_full_outbox_lets_the_graph_wait_until_a_delivery_is_done() {
+        let outbox = outbox(usize::MAX, Duration::ZERO, &["m"]);
+        let huge = RecordBatch::try_new(
+            schema_of([("a", FieldType::Int)]),
+            // Zeros that are never touched take no memory.
+            vec![Arc::new(Int64Array::from(vec![0; OUTBOX_BYTES_MAX / size_of::<i64>()]))],
+        );
+        outbox.put(0, &huge.expect("rows")).await;
+        let one = rows([7]);
+        let mut put = std::pin::pin!(outbox.put(0, &one));
+        assert!(poll!(put.as_mut()).is_pending());
+        let delivery = outbox.next().expect("no failure").expect("due");
+        assert!(poll!(put.as_mut()).is_pending(), "what is in flight may have to go again");
+        outbox.done(&delivery);
+        put.await;
+        assert_eq!(delivered(&outbox), Some((0, vec![7])));
+        assert_eq!(lock(&outbox.inner).bytes, 0);
+    }
+
+    /// Ids and rows of deliveries.
+    type Deliveries = Vec<(u64, Vec<i64>)>;
+
+    /// Notes every delivery and answers from a list; then all is well.
+    struct Fake {
+        answers: VecDeque<Result<()>>,
+        seen: Arc<Mutex<Deliveries>>,
+    }
+
+    #[async_trait]
+    impl OutboxSink for Fake {
+        async fn connect(&mut self) -> Result<()> {
+            Ok(())
+        }
+        async fn deliver(&mut self, _input: usize, rows: &RecordBatch, id: u64) -> Result<()> {
+            lock(&self.seen).push((id, values(rows)));
+            self.answers.pop_front().unwrap_or(Ok(()))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_failed_delivery_comes_again_with_its_id_and_refused_rows_do_not() {
+        let refused = || Err(Error::user("no such table"));
+        let failed = || Err(Error::outside("gone"));
+        for (case, answers, expected, dropped) in [
+            ("fails twice", vec![failed(), failed()], vec![(0, 0), (0, 0), (0, 0), (1, 1)], 0),
+            ("refused", vec![refused()], vec![(0, 0), (1, 1)], 1),
+            ("the second fails", vec![Ok(()), failed()], vec![(0, 0), (1, 1), (1, 1)], 0),
+        ] {
+            let outbox = Arc::new(outbox(1, LONG, &["m"]));
+            let first_id = lock(&outbox.inner).next_id;
+            let seen = Arc::default();
+            let sink = Box::new(Fake { answers: answers.into(), seen: Arc::clone(&seen) });
+            let status = Status::default().node(NodeKind::Sink, "s", "");
+            let task =
+                DeliveryTask { name: "s".to_owned(), outbox: Arc::clone(&outbox), sink, status: Arc::clone(&status) };
+            outbox.put(0, &rows(0..2)).await;
+            tokio::select! {
+                () = task.run() => panic!("{case}: the task ends"),
+                () = outbox.drain() => {}
+            }
+            let expected: Vec<_> = expected.into_iter().map(|(id, value)| (first_id + id, vec![value])).collect();
+            assert_eq!(*lock(&seen), expected, "{case}");
+            assert!(lock(&outbox.inner).is_empty(), "{case}");
+            assert_eq!(status.dropped_rows.load(Relaxed), dropped, "{case}");
+        }
+    }
+
+    #[tokio::test]
+    async fn draining_makes_everything_due() {
+        let outbox = outbox(100, LONG, &["m"]);
+        outbox.put(0, &rows(0..2)).await;
+        let mut drain = std::pin::pin!(outbox.drain());
+        assert!(poll!(drain.as_mut()).is_pending());
+        assert_eq!(delivered(&outbox), Some((0, vec![0, 1])));
+        assert!(poll!(drain.as_mut()).is_ready());
+    }
+
+    #[tokio::test]
+    async fn a_restored_outbox_repeats_what_was_in_flight_and_keeps_rows_by_metric() {
+        let before = outbox(2, Duration::ZERO, &["m", "n"]);
+        before.put(0, &rows(0..3)).await;
+        let in_flight = before.next().expect("no failure").expect("due");
+        before.put(1, &rows(3..5)).await;
+        let mut state = StateWriter::default();
+        before.snapshot(&mut state).expect("a state");
+        let state = state.finish();
+
+        for (case, metrics, expected) in [
+            ("the same", vec!["m", "n"], vec![(0, vec![0, 1]), (0, vec![2]), (1, vec![3, 4])]),
+            ("in another order", vec!["n", "o", "m"], vec![(2, vec![0, 1]), (2, vec![2]), (0, vec![3, 4])]),
+            ("one is gone", vec!["n"], vec![(0, vec![3, 4])]),
+        ] {
+            let after = outbox(2, Duration::ZERO, &metrics);
+            lock(&after.inner).next_id = 1;
+            after.restore(&state).expect(case);
+            if metrics.contains(&"m") {
+                assert_eq!(after.next().expect("no failure").expect("in flight").id, in_flight.id, "{case}");
+            }
+            let mut seen: Vec<_> = std::iter::from_fn(|| delivered(&after)).collect();
+            // Rows restored within one tick of the clock are due at the same time.
+            seen[1.min(expected.len() - 1)..].sort_by_key(|(input, _)| expected.iter().position(|(e, _)| e == input));
+            assert_eq!(seen, expected, "{case}");
+            assert!(lock(&after.inner).next_id > in_flight.id, "{case}: an id is never used for other rows");
+        }
+        for end in 0..state.len() {
+            assert!(outbox(2, LONG, &["m", "n"]).restore(&state[..end]).is_err(), "{end} of {} bytes", state.len());
         }
     }
 }

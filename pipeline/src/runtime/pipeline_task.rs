@@ -32,6 +32,8 @@ pub(crate) struct PipelineTask {
     pub(crate) watermark_us: i64,
     /// The watermark given to the consumers.
     pub(crate) forwarded_us: i64,
+    /// Whether the consumers were told that no row is to be waited for.
+    pub(crate) told_idle: bool,
     pub(crate) failed: bool,
     /// Rows so far for which an expression failed.
     pub(crate) failed_rows: u64,
@@ -103,6 +105,7 @@ impl PipelineTask {
         let mut messages = Vec::new();
         self.through(step, input, batch, &mut messages)?;
         self.count_lost();
+        self.withdraw_idle(&mut messages);
         Ok(messages)
     }
 
@@ -151,27 +154,55 @@ impl PipelineTask {
         let port = &mut self.ports[port];
         port.watermark_us = port.watermark_us.max(time_us);
         port.idle_us = None;
-        self.advance()
+        let mut messages = self.advance()?;
+        self.withdraw_idle(&mut messages);
+        Ok(messages)
     }
 
     fn port_idle(&mut self, port: usize, time_us: i64) -> Result<Vec<Message>> {
         self.ports[port].idle_us = Some(time_us);
         let mut messages = self.advance()?;
-        if self.from_ports().all(|port| port.idle_us.is_some()) {
+        if self.is_idle() {
+            self.told_idle = true;
             messages.push(Message::Idle(self.forwarded_us));
         }
         Ok(messages)
     }
 
-    fn from_ports(&self) -> impl Iterator<Item = &Port> {
-        self.ports.iter().filter(|port| port.input == 0)
+    /// Rows are to be waited for again: else a consumer of several pipelines would go on without this one.
+    fn withdraw_idle(&mut self, messages: &mut Vec<Message>) {
+        if self.told_idle && !self.is_idle() {
+            self.told_idle = false;
+            messages.push(Message::Watermark(self.forwarded_us));
+        }
     }
 
-    /// The minimum over the inputs that are not idle; if all are idle, time goes on by itself.
+    /// Whether every input that has not ended is idle.
+    fn is_idle(&self) -> bool {
+        let mut open = self.open_ports().peekable();
+        open.peek().is_some() && open.all(|port| port.idle_us.is_some())
+    }
+
+    /// The ports of the first step that have not ended.
+    fn open_ports(&self) -> impl Iterator<Item = &Port> {
+        self.ports.iter().filter(|port| port.input == 0 && port.watermark_us < i64::MAX)
+    }
+
+    /// How far event time is: the minimum over the inputs that are neither idle nor at their end. If the others are
+    /// all idle, time goes on by itself, as far as those let it that ever had a row. If all are at their end, so is time.
+    fn reached(&self) -> Option<i64> {
+        if self.open_ports().next().is_none() {
+            return Some(i64::MAX);
+        }
+        if let Some(time_us) = self.open_ports().filter(|port| port.idle_us.is_none()).map(|p| p.watermark_us).min() {
+            return Some(time_us);
+        }
+        let idle = self.open_ports().filter_map(|port| Some(port.idle_us?.max(port.watermark_us)));
+        idle.filter(|time_us| *time_us > i64::MIN).min()
+    }
+
     fn advance(&mut self) -> Result<Vec<Message>> {
-        let active = self.from_ports().filter(|port| port.idle_us.is_none()).map(|port| port.watermark_us).min();
-        let idle = || self.from_ports().map(|port| port.idle_us.unwrap_or(i64::MIN).max(port.watermark_us)).min();
-        let Some(time_us) = active.or_else(idle).filter(|time| *time > self.watermark_us) else {
+        let Some(time_us) = self.reached().filter(|time| *time > self.watermark_us) else {
             return Ok(Vec::new());
         };
         self.watermark_us = time_us;
@@ -207,13 +238,15 @@ impl PipelineTask {
     }
 
     async fn barrier(&mut self, barrier: Barrier) {
+        // After a drain the next run takes rows again: the end is not kept.
+        let kept = |time_us: i64| if time_us == i64::MAX { i64::MIN } else { time_us };
         let mut state = StateWriter::default();
         state.u64(self.number);
-        state.i64(self.watermark_us);
-        state.i64(self.forwarded_us);
+        state.i64(kept(self.watermark_us));
+        state.i64(kept(self.forwarded_us));
         state.u64(self.ports.len() as u64);
         for port in &self.ports {
-            state.i64(port.watermark_us);
+            state.i64(kept(port.watermark_us));
         }
         state.u64(self.steps.len() as u64);
         for step in &self.steps {
@@ -257,4 +290,288 @@ fn unite(batch: &Batch, schema: &SchemaRef, columns: &[Option<usize>]) -> Result
     });
     let options = RecordBatchOptions::new().with_row_count(Some(rows.num_rows()));
     batch.with_rows(RecordBatch::try_new_with_options(Arc::clone(schema), arrays.collect(), &options)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Error;
+    use crate::plugin::Output;
+    use crate::schema::{FieldType, schema_of};
+    use crate::status::{NodeKind, Status};
+    use Signal::{Idle, Rows, Time};
+
+    const MIN: i64 = i64::MIN;
+    const END: i64 = i64::MAX;
+
+    /// What comes in on a port, or what goes out.
+    #[derive(Clone, Debug, PartialEq)]
+    enum Signal {
+        /// Event times of rows, and the watermark that each meets.
+        Rows(Vec<i64>, Vec<i64>),
+        Time(i64),
+        Idle(i64),
+    }
+
+    fn rows(event_us: &[i64], watermark_us: i64) -> Signal {
+        Rows(event_us.to_vec(), vec![watermark_us; event_us.len()])
+    }
+
+    fn batch(event_us: Vec<i64>, watermark_us: Vec<i64>) -> Batch {
+        let column = Int64Array::from(event_us.clone());
+        let rows = RecordBatch::try_new(schema_of([("n", FieldType::Int)]), vec![Arc::new(column)]).expect("rows");
+        let ingest_us = Int64Array::from_value(0, event_us.len());
+        let times = Times { event_us: event_us.into(), ingest_us, watermark_us: watermark_us.into() };
+        Batch::new(rows, times, Stage::Final).expect("a batch")
+    }
+
+    /// Passes rows on, or keeps them until the watermark has passed them; fails at a row of time 13.
+    #[derive(Default)]
+    struct Step {
+        keeps: bool,
+        kept: Vec<Batch>,
+        /// How far below the watermark the rows may lie that it gives out later.
+        behind_us: Option<i64>,
+        watermark_us: i64,
+    }
+
+    impl Operator for Step {
+        fn process(&mut self, _: usize, batch: Batch, out: &mut Output) -> Result<()> {
+            if batch.event_us().contains(&13) {
+                return Err(Error::internal("13"));
+            }
+            if self.keeps {
+                self.kept.push(batch)
+            } else {
+                out.push(batch)
+            }
+            Ok(())
+        }
+        fn watermark(&mut self, time_us: i64, out: &mut Output) -> Result<()> {
+            self.watermark_us = time_us;
+            let (out_now, kept) = self.kept.drain(..).partition(|b| b.event_us().iter().all(|us| *us < time_us));
+            self.kept = kept;
+            Vec::into_iter(out_now).for_each(|batch| out.push(batch));
+            Ok(())
+        }
+        fn holds_back_us(&self) -> Option<i64> {
+            self.behind_us.map(|behind_us| self.watermark_us.saturating_sub(behind_us))
+        }
+        fn snapshot(&self, state: &mut StateWriter) {
+            state.i64(self.watermark_us);
+        }
+        fn restore(&mut self, state: &mut StateReader<'_>) -> Result<()> {
+            self.watermark_us = state.i64()?;
+            Ok(())
+        }
+    }
+
+    fn task(names: &[&str], steps: Vec<Step>) -> (PipelineTask, mpsc::Receiver<Report>) {
+        let status = Arc::new(Status::default());
+        let (reports, received) = mpsc::channel(8);
+        let port = |_: &&str| Port { step: 0, input: 0, unite: None, watermark_us: MIN, idle_us: None };
+        let task = PipelineTask {
+            name: "p".to_owned(),
+            key: "pipeline/p".to_owned(),
+            inputs: Inputs::new(Vec::new()),
+            ports: names.iter().map(port).collect(),
+            steps: steps.into_iter().map(|step| Box::new(step) as Box<dyn Operator>).collect(),
+            outlet: Outlet::default(),
+            status: status.node(NodeKind::Pipeline, "p", "pipeline"),
+            live: Arc::new(Live::new(String::new(), status, [])),
+            reports,
+            number: 0,
+            watermark_us: MIN,
+            forwarded_us: MIN,
+            told_idle: false,
+            failed: false,
+            failed_rows: 0,
+        };
+        (task, received)
+    }
+
+    /// What the pipeline sends after `signal` on `port`.
+    fn after(task: &mut PipelineTask, port: usize, signal: &Signal) -> Vec<Signal> {
+        let sent = match signal.clone() {
+            Rows(event_us, watermark_us) => task.batch(port, batch(event_us, watermark_us)),
+            Time(time_us) => task.port_watermark(port, time_us),
+            Idle(time_us) => task.port_idle(port, time_us),
+        };
+        let signal = |message| match message {
+            Message::Batch(batch, _) => Rows(batch.event_us().to_vec(), batch.watermark_us().to_vec()),
+            Message::Watermark(time_us) => Time(time_us),
+            Message::Idle(time_us) => Idle(time_us),
+            other => panic!("{other:?}"),
+        };
+        sent.expect("no failure").into_iter().map(signal).collect()
+    }
+
+    /// Each signal on its port gives what is expected.
+    fn gives(names: &[&str], steps: Vec<Step>, signals: &[(usize, Signal, Vec<Signal>)]) {
+        let (mut task, _received) = task(names, steps);
+        for (number, (port, signal, expected)) in signals.iter().enumerate() {
+            assert_eq!(after(&mut task, *port, signal), *expected, "signal {number}: {signal:?} on {}", names[*port]);
+        }
+    }
+
+    #[test]
+    fn event_time_is_that_of_the_slowest_input() {
+        gives(
+            &["a", "b"],
+            vec![],
+            &[
+                (0, Time(10), vec![]),
+                (1, Time(5), vec![Time(5)]),
+                (1, Time(20), vec![Time(10)]),
+                (1, Time(15), vec![]),
+                (0, Time(END), vec![Time(20)]),
+                (1, Time(END), vec![Time(END)]),
+            ],
+        );
+    }
+
+    #[test]
+    fn a_row_meets_the_watermark_of_all_inputs() {
+        gives(
+            &["a", "b"],
+            vec![],
+            &[
+                (0, rows(&[7], 5), vec![rows(&[7], MIN)]),
+                (0, Time(5), vec![]),
+                (1, Time(3), vec![Time(3)]),
+                (0, rows(&[8, 9], 5), vec![rows(&[8, 9], 3)]),
+                (1, rows(&[4], 2), vec![rows(&[4], 2)]),
+                (1, Idle(9), vec![Time(5)]),
+                (0, rows(&[8], 6), vec![rows(&[8], 6)]),
+            ],
+        );
+    }
+
+    #[test]
+    fn an_idle_input_holds_nothing_back_until_it_has_rows_again() {
+        gives(
+            &["a", "b"],
+            vec![],
+            &[
+                (0, Time(10), vec![]),
+                (1, Idle(MIN), vec![Time(10)]),
+                (0, Time(30), vec![Time(30)]),
+                // Its own time is behind, so nothing moves until it has caught up.
+                (1, Time(20), vec![]),
+                (0, Time(40), vec![]),
+                (1, Time(35), vec![Time(35)]),
+            ],
+        );
+    }
+
+    #[test]
+    fn if_all_inputs_are_idle_time_goes_on_and_consumers_hear_of_both_ends() {
+        gives(
+            &["a", "b", "never"],
+            vec![],
+            &[
+                (0, Time(10), vec![]),
+                (1, Time(20), vec![]),
+                (2, Idle(MIN), vec![Time(10)]),
+                (0, Idle(15), vec![Time(20)]),
+                // The one that never had a row has no time that could hold the others.
+                (1, Idle(25), vec![Idle(20)]),
+                (0, Idle(30), vec![Time(25), Idle(25)]),
+                (0, Time(12), vec![Time(25)]),
+                (0, Time(13), vec![]),
+                (0, Idle(40), vec![Idle(25)]),
+                // The rows themselves withdraw it, and a filter may drop them.
+                (0, rows(&[50], 40), vec![rows(&[50], 40), Time(25)]),
+            ],
+        );
+    }
+
+    #[test]
+    fn an_input_at_its_end_does_not_end_one_that_is_idle() {
+        gives(
+            &["a", "b"],
+            vec![],
+            &[
+                (0, Time(10), vec![]),
+                (1, Time(10), vec![Time(10)]),
+                (0, Time(END), vec![]),
+                (1, Idle(12), vec![Time(12), Idle(12)]),
+                (1, rows(&[14], 10), vec![rows(&[14], 10), Time(12)]),
+                (1, Time(END), vec![Time(END)]),
+            ],
+        );
+    }
+
+    #[test]
+    fn rows_leave_before_the_watermark_that_closed_them_and_held_ones_hold_it_back() {
+        let keeps = || Step { keeps: true, ..Step::default() };
+        gives(
+            &["a"],
+            vec![keeps(), Step::default()],
+            &[(0, rows(&[5], MIN), vec![]), (0, Time(5), vec![Time(5)]), (0, Time(6), vec![rows(&[5], MIN), Time(6)])],
+        );
+        gives(
+            &["a"],
+            vec![Step { behind_us: Some(10), ..Step::default() }, keeps()],
+            &[
+                (0, rows(&[80], MIN), vec![]),
+                (0, Time(91), vec![Time(80)]),
+                (0, Time(92), vec![rows(&[80], MIN), Time(81)]),
+            ],
+        );
+    }
+
+    #[test]
+    fn columns_unite_by_name_and_missing_ones_are_null() {
+        let united = schema_of([("x", FieldType::String), ("n", FieldType::Int)]);
+        let one = unite(&batch(vec![1, 2], vec![0, 0]), &united, &[None, Some(0)]).expect("united");
+        assert_eq!(one.json().iter().collect::<Vec<_>>(), [r#"{"x":null,"n":1}"#, r#"{"x":null,"n":2}"#]);
+        assert_eq!(one.event_us(), [1, 2]);
+    }
+
+    #[tokio::test]
+    async fn a_failed_pipeline_drops_and_counts_rows_and_still_answers_checkpoints() {
+        let mut input = Outlet::default();
+        let (mut task, mut received) = task(&["a"], vec![Step::default()]);
+        task.inputs = Inputs::new(vec![input.add(super::super::edge::Takes::Final)]);
+        let status = Arc::clone(&task.status);
+        let mut output = task.outlet.add(super::super::edge::Takes::Final);
+        let barrier = Barrier { checkpoint: 1, last: true };
+        for message in [
+            Message::Batch(batch(vec![1], vec![0]), 1),
+            Message::Batch(batch(vec![13], vec![0]), 2),
+            Message::Batch(batch(vec![2, 3], vec![0, 0]), 3),
+            Message::Watermark(7),
+            Message::Barrier(barrier),
+            Message::End,
+        ] {
+            input.send(message).await;
+        }
+        task.run().await;
+        assert!(matches!(output.recv().await, Some(Message::Batch(batch, 1)) if batch.event_us() == [1]));
+        assert!(matches!(output.recv().await, Some(Message::Barrier(one)) if one == barrier));
+        assert!(matches!(output.recv().await, Some(Message::End)));
+        assert!(matches!(received.recv().await, Some(Report::Prepared(key, 1, Ok(_))) if key == "pipeline/p"));
+        assert!(matches!(status.state(), NodeState::Failed(reason) if reason == "13"));
+        assert_eq!(status.dropped_rows.load(Relaxed), 2);
+    }
+
+    #[tokio::test]
+    async fn a_restored_pipeline_goes_on_where_the_snapshot_was_taken() {
+        let (mut one, mut received) = task(&["a", "b"], vec![Step::default()]);
+        for (port, signal) in [(0, rows(&[1], MIN)), (0, Time(10)), (1, Time(20))] {
+            after(&mut one, port, &signal);
+        }
+        one.barrier(Barrier { checkpoint: 3, last: false }).await;
+        let Some(Report::Prepared(_, 3, Ok(state))) = received.recv().await else { panic!("no state") };
+        let (mut other, _received) = task(&["a", "b"], vec![Step::default()]);
+        other.restore(&state).expect("a state");
+        assert_eq!((other.number, other.watermark_us, other.forwarded_us), (1, 10, 10));
+        for (port, signal) in [(0, Time(15)), (1, rows(&[30], 20)), (0, Time(40))] {
+            assert_eq!(after(&mut one, port, &signal), after(&mut other, port, &signal), "{signal:?}");
+        }
+        for length in 0..state.len() {
+            assert!(task(&["a", "b"], vec![Step::default()]).0.restore(&state[..length]).is_err(), "cut to {length}");
+        }
+    }
 }

@@ -41,10 +41,11 @@ impl Store {
         let lock = File::create(dir.join("lock")).map_err(failed)?;
         match lock.try_lock() {
             Ok(()) => Ok(Self { dir: dir.to_owned(), _lock: lock }),
-            Err(TryLockError::WouldBlock) => Err(Error::user(format!(
+            Err(TryLockError::WouldBlock) => Err(Error::outside(format!(
                 "another process runs on the state folder `{}`; stop it, or give this one its own `checkpoint: {{dir: …}}`",
                 dir.display()
-            ))),
+            ))
+            .fatal()),
             Err(TryLockError::Error(error)) => Err(failed(error)),
         }
     }

@@ -66,6 +66,9 @@ fn check_names(declared: &Declared<'_>, inputs: &[SinkInput], cx: &mut CheckCont
             cx.error_hint(cx.position(), message, Some(format!("rename it: `select: {{{key}_: {key}}}`")));
         }
     }
+    if inputs.is_empty() {
+        return;
+    }
     for (name, column) in declared.params {
         if [METRIC, SINCE].contains(&name.as_str()) {
             cx.error(column.position, format!("parameter `{name}` is taken: it has a meaning of its own"));

@@ -39,7 +39,7 @@ pub(super) fn find(folder: &Path, pattern: &str) -> Result<Vec<DataFile>> {
     found.sort();
     found.dedup();
     match found.len() {
-        0 => Err(Error::user(format!("no file matches `{pattern}` in {}", folder.display()))),
+        0 => Err(Error::outside(format!("no file matches `{pattern}` in {}", folder.display())).fatal()),
         1..=FILES_MAX => Ok(found),
         many => Err(Error::user(format!("`{pattern}` matches {}, more than {FILES_MAX}", counted(many, "file")))),
     }
@@ -48,9 +48,9 @@ pub(super) fn find(folder: &Path, pattern: &str) -> Result<Vec<DataFile>> {
 /// Why a file cannot be opened.
 pub(super) fn unreadable(name: &str, path: &Path, error: io::Error) -> Error {
     if error.kind() == io::ErrorKind::NotFound {
-        return Error::user(format!("there is no file `{name}` ({})", path.display()));
+        return Error::outside(format!("there is no file `{name}` ({})", path.display())).fatal();
     }
-    Error::user(format!("`{name}` cannot be read")).because(error)
+    Error::outside(format!("`{name}` cannot be read")).because(error).fatal()
 }
 
 /// Collects the files below `at` that the rest of the pattern names.
