@@ -13,6 +13,7 @@ mod http;
 mod live;
 mod mqtt;
 mod redis;
+mod replay;
 mod restart;
 mod sql;
 mod support;
