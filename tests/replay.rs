@@ -84,7 +84,7 @@ fn rows(seed: u64) -> Vec<Row> {
                 x: random.but_null(10, x),
                 n: random.but_null(10, random.0 as i64 >> 24),
                 counter: random.but_null(5, *counter),
-                ok: random.but_null(3, random.0 % 10 > 0),
+                ok: random.but_null(3, !random.0.is_multiple_of(10)),
                 text: random.but_null(15, texts[(random.0 >> 20) as usize % texts.len()]),
                 price: random.but_null(5, (random.0 >> 30) as i64 - (1 << 33)),
             };

@@ -369,8 +369,10 @@ fn parse_type(text: &str) -> Result<FieldType, String> {
         _ => None,
     };
     let hint = other_word.map(|word| format!("did you mean `{word}`?")).or_else(|| did_you_mean(text, TYPE_WORDS));
-    let hinted = |wrong| hint.map_or(format!("{wrong}"), |hint| format!("{wrong}; {hint}"));
-    text.parse().map_err(|wrong: String| hinted(wrong))
+    text.parse().map_err(|wrong: String| match hint {
+        Some(hint) => format!("{wrong}; {hint}"),
+        None => wrong,
+    })
 }
 
 impl JsonSchema for FieldType {
