@@ -369,7 +369,7 @@ fn parse_type(text: &str) -> Result<FieldType, String> {
         _ => None,
     };
     let hint = other_word.map(|word| format!("did you mean `{word}`?")).or_else(|| did_you_mean(text, TYPE_WORDS));
-    let hinted = |wrong| hint.map_or(format!("{wrong}"), |hint| format!("{wrong}; {hint}"));
+    let hinted = |wrong: String| hint.map_or(wrong.clone(), |hint| format!("{wrong}; {hint}"));
     text.parse().map_err(|wrong: String| hinted(wrong))
 }
 
