@@ -225,7 +225,7 @@ sinks:
     );
     let reasons = wait_for("both nodes to have failed", || {
         let reasons = program.reasons();
-        (reasons.len() == 2 && reasons["sink out"] != "not connected yet").then_some(reasons)
+        (reasons.len() == 2 && reasons.values().all(|reason| reason != "not connected yet")).then_some(reasons)
     });
     assert!(reasons["source bad"].contains("no such table: missing"), "{reasons:?}");
     assert!(reasons["sink out"].contains("target"), "{reasons:?}");
