@@ -1,4 +1,4 @@
-//! What both versions of the protocol have in common: one small trait over the client library.
+//! What both versions of the protocol have in common: settings, what arrives, what is asked for, and the errors.
 //!
 //! Each connection has a client of its own, which never reconnects: the engine does. So nothing of an earlier
 //! connection (an acknowledgement above all) can reach the broker on a later one.
@@ -6,26 +6,22 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
 use bytes::Bytes;
 use pipeline::error::{Error, Result};
 use rustls::ClientConfig;
+use tokio::sync::mpsc::{self, error::TrySendError};
 
 /// Requests that may wait for the connection: an acknowledgement of every packet id there is, and some more
 /// for subscribing. So an acknowledgement never finds the queue full.
 pub(super) const REQUESTS_MAX: usize = 65_535 + 64;
 
-/// Largest packet that MQTT can carry, in bytes. The library would end the connection at a larger message than
-/// it is told, and the broker would send the message again, for ever: so it is told this, and the
-/// source's own limit turns a large message into a row error.
+/// Largest packet that MQTT can carry, in bytes. A smaller limit would end the connection at a larger message,
+/// and the broker would send the message again, for ever: the source's own limit turns it into a row error.
 pub(super) const PACKET_BYTES_MAX: u32 = 268_435_455 + 5;
 
-/// Longest wait for the TCP connection, TLS and CONNACK, in seconds. Longer than a broker needs that is busy
-/// with a restart; the engine tries again after it.
-pub(super) const CONNECT_SECONDS_MAX: u64 = 10;
-
-/// Outgoing publishes the library keeps room for. A source publishes nothing; the least it works with.
-pub(super) const OUTGOING_MAX: u16 = 10;
+/// Longest wait for the TCP connection, TLS and CONNACK. Longer than a broker needs that is busy with a restart; the
+/// engine tries again after it.
+pub(super) const CONNECT_MAX: Duration = Duration::from_secs(10);
 
 /// Everything a client must know.
 #[derive(Clone)]
@@ -49,6 +45,11 @@ impl Settings {
     /// Where the broker is.
     pub(super) fn server(&self) -> String {
         format!("{}:{}", self.host, self.port)
+    }
+
+    /// As CONNECT says it; `check` keeps it in bounds.
+    pub(super) fn keep_alive_seconds(&self) -> u16 {
+        u16::try_from(self.keep_alive.as_secs()).unwrap_or(u16::MAX)
     }
 }
 
@@ -88,33 +89,41 @@ pub(super) enum Event {
     Subscribed(Vec<Option<String>>),
     /// The answer to an unsubscription.
     Unsubscribed,
-    /// Our DISCONNECT has left.
+    /// Our DISCONNECT has left, and the broker has taken all that we sent before it.
     Disconnected,
 }
 
-/// One connection, polled by one task and never cancelled: the library may lose an answer otherwise.
-#[async_trait]
-pub(super) trait Client: Send {
-    /// Connects, and says whether the broker had kept the session. Called once.
-    async fn open(&mut self) -> Result<bool>;
-
-    /// Waits for the next packets, answers pings, sends requests, and appends what happened.
-    async fn poll(&mut self, events: &mut Vec<Event>) -> Result<()>;
-
-    /// The way to send requests from elsewhere.
-    fn requests(&self) -> Arc<dyn Requests>;
+/// What the task that polls the connection is asked to send.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Request {
+    /// All filters at once. Answered by one [`Event::Subscribed`].
+    Subscribe { filters: Vec<String>, qos: u8 },
+    /// Answered by [`Event::Unsubscribed`].
+    Unsubscribe { filter: String },
+    /// Confirms a message: PUBACK or PUBREC.
+    Acknowledge(PacketId),
+    /// Says goodbye, after everything asked before.
+    Disconnect,
 }
 
-/// Requests to the task that polls the connection; they leave in the order of the calls.
-pub(super) trait Requests: Send + Sync {
-    /// Asks for all filters at once. Answered by one [`Event::Subscribed`].
-    fn subscribe(&self, filters: &[String], qos: u8) -> Result<()>;
-    /// Answered by [`Event::Unsubscribed`].
-    fn unsubscribe(&self, filter: &str) -> Result<()>;
-    /// Confirms a message: PUBACK or PUBREC.
-    fn acknowledge(&self, id: PacketId) -> Result<()>;
-    /// Says goodbye, after everything asked before. A connection that is gone already is fine.
-    fn disconnect(&self);
+/// The way to that task; requests leave in the order of the calls.
+#[derive(Clone)]
+pub(super) struct Requests(mpsc::Sender<Request>);
+
+/// A way for requests, and its end.
+pub(super) fn requests() -> (Requests, mpsc::Receiver<Request>) {
+    let (sender, receiver) = mpsc::channel(REQUESTS_MAX);
+    (Requests(sender), receiver)
+}
+
+impl Requests {
+    /// Hands a request over without waiting.
+    pub(super) fn send(&self, request: Request) -> Result<()> {
+        self.0.try_send(request).map_err(|error| match error {
+            TrySendError::Closed(_) => connection_gone(),
+            TrySendError::Full(_) => Error::outside("the MQTT broker takes no more acknowledgements"),
+        })
+    }
 }
 
 /// The error of a request whose connection is gone.

@@ -1,8 +1,9 @@
 //! A live connection: the task that polls it, and the engine's two ends of it.
 //!
-//! The library must be polled without a break (pings, acknowledgements) and never cancelled, so a task
-//! of its own does that. It ends with the connection, after it has sent what was acknowledged.
+//! Pings and acknowledgements must leave whatever the engine does, so a task of its own sees to them. It ends with
+//! the connection, after it has sent what was acknowledged.
 
+use std::pin::pin;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -13,14 +14,15 @@ use pipeline::plugin::{Acknowledger, PushReader, Reader, Record};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
-use super::client::{Client, Event, Message, PacketId, Requests, connection_gone};
+use super::client::{Event, Message, PacketId, Request, Requests, connection_gone};
+use super::socket::Client;
 
 /// Messages that wait for the engine. MQTT has no more packet ids, so a broker that waits for acknowledgements
 /// never fills it; with `qos: 0` a full queue stops the reading, and TCP holds the broker back.
 const QUEUE_MESSAGES_MAX: usize = 65_535;
 
 /// Bytes of payload that wait for the engine. At the limit nothing is read from the broker until the engine takes
-/// messages; if that lasts, pings stop too, the broker ends the connection and sends again later.
+/// messages, and TCP holds the broker back.
 const QUEUE_BYTES_MAX: u32 = 64 << 20;
 
 /// Starts to poll the connection. `events` happened while it was made; `resumes` says whether the broker sends
@@ -44,14 +46,30 @@ pub(super) fn start(
 /// Polls until the connection breaks or our DISCONNECT has left.
 async fn drive(mut client: Box<dyn Client>, mut events: Vec<Event>, queue: Queue) {
     loop {
+        let mut broken = None;
         for event in events.drain(..) {
             match event {
-                Event::Message(message) => queue.push(message).await,
+                Event::Message(message) => {
+                    let mut push = pin!(queue.push(message));
+                    tokio::select! {
+                        biased;
+                        () = &mut push => {}
+                        // While there is no room, what is acknowledged leaves, and so do pings.
+                        error = client.attend(), if broken.is_none() => {
+                            broken = Some(error);
+                            push.await;
+                        }
+                    }
+                }
                 Event::Disconnected => return,
                 Event::Subscribed(_) | Event::Unsubscribed => {}
             }
         }
-        if let Err(error) = client.poll(&mut events).await {
+        let polled = match broken {
+            Some(error) => Err(error),
+            None => client.poll(&mut events).await,
+        };
+        if let Err(error) = polled {
             let _ = queue.sender.send(Err(error)).await;
             return;
         }
@@ -83,11 +101,12 @@ fn room_of(message: &Message) -> u32 {
 }
 
 /// Ends the connection when reader and acknowledger are gone. Acknowledgements asked for before leave before it.
-struct Goodbye(Arc<dyn Requests>);
+struct Goodbye(Requests);
 
 impl Drop for Goodbye {
     fn drop(&mut self) {
-        self.0.disconnect();
+        // A connection that is gone already is fine.
+        let _ = self.0.send(Request::Disconnect);
     }
 }
 
@@ -170,7 +189,7 @@ impl Acknowledger for MqttAcknowledger {
     async fn acknowledge(&mut self, tokens: &[u64]) -> Result<()> {
         let ids = tokens.iter().map(|token| PacketId::of_token(*token));
         for id in ids.filter(|id| id.qos > 0) {
-            self.goodbye.0.acknowledge(id)?;
+            self.goodbye.0.send(Request::Acknowledge(id))?;
         }
         Ok(())
     }

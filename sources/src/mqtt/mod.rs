@@ -7,6 +7,7 @@ mod connection;
 mod decode;
 mod discover;
 mod session;
+mod socket;
 mod topic;
 mod v4;
 mod v5;
@@ -27,9 +28,10 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use tokio::task::JoinHandle;
 
-use client::{Client, Event, PACKET_BYTES_MAX, Settings};
+use client::{Event, PACKET_BYTES_MAX, Request, Settings};
 use decode::MqttDecoder;
 use session::{Change, Session, Subscribed};
+use socket::{Client, Socket};
 use topic::Topic;
 
 const PAGE: &str = "\
@@ -55,8 +57,7 @@ true` with a short `autosave_interval` to survive its own crash. `qos: 2` gives 
 ## Limits
 
 A message larger than `max_message` is acknowledged and goes to `errors:`. At most 65535 messages and 64 MiB wait
-between connection and engine; then nothing is read until the engine goes on, and if that takes longer than one and a
-half `keep_alive` the broker ends the connection.
+between connection and engine; then nothing is read until the engine goes on, and the broker waits.
 
 `url: embedded` (or `embedded:PORT`) starts a broker inside the process, on 127.0.0.1 and port 1883, for MQTT 3.1.1
 and 5, shared by all sources and sinks that say `embedded`. It has no passwords and keeps everything in memory:
@@ -420,8 +421,8 @@ impl MqttSource {
             broker::start(port).await?;
         }
         Ok(match self.config.version.value {
-            3 => Box::new(v4::V4::new(settings)),
-            _ => Box::new(v5::V5::new(settings)),
+            3 => Box::new(Socket::<v4::V4>::new(settings)),
+            _ => Box::new(Socket::<v5::V5>::new(settings)),
         })
     }
 
@@ -490,10 +491,10 @@ impl Source for MqttSource {
 async fn subscribe(client: &mut dyn Client, change: &Change, qos: u8) -> Result<Vec<Event>> {
     let requests = client.requests();
     for filter in &change.unsubscribe {
-        requests.unsubscribe(filter)?;
+        requests.send(Request::Unsubscribe { filter: filter.clone() })?;
     }
     if !change.subscribe.is_empty() {
-        requests.subscribe(&change.subscribe, qos)?;
+        requests.send(Request::Subscribe { filters: change.subscribe.clone(), qos })?;
     }
     let mut unconfirmed = change.unsubscribe.len() + usize::from(!change.subscribe.is_empty());
     let mut arrived = Vec::new();

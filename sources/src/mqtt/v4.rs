@@ -1,139 +1,85 @@
 //! MQTT 3.1.1.
 
-use std::sync::Arc;
-
-use async_trait::async_trait;
-use bytes::Bytes;
-use pipeline::error::{Error, Result};
-use rumqttc::{
-    AsyncClient, ConnectionError, Event as LibraryEvent, EventLoop, MqttOptions, Outgoing, Packet, Publish, QoS,
-    StateError, SubscribeFilter, SubscribeReasonCode, TlsConfiguration, Transport,
+use bytes::{Bytes, BytesMut};
+use rumqttc::mqttbytes::v4::{
+    Connect, ConnectReturnCode, Login, Packet, PubAck, PubComp, PubRec, Subscribe, SubscribeFilter,
+    SubscribeReasonCode, Unsubscribe,
 };
+use rumqttc::mqttbytes::{Error as LibraryError, Protocol as ProtocolLevel, QoS};
 
-use super::client::{
-    CONNECT_SECONDS_MAX, Client, Event, Message, OUTGOING_MAX, PACKET_BYTES_MAX, PacketId, REQUESTS_MAX, Requests,
-    Settings, broken, closed, connection_gone, refused,
-};
+use super::client::{Event, Message, PACKET_BYTES_MAX, PacketId, Settings};
+use super::socket::{Incoming, Outgoing, Protocol};
 
-/// A connection.
-pub(super) struct V4 {
-    client: AsyncClient,
-    event_loop: EventLoop,
-    server: String,
-    client_id: String,
-}
+/// The packets of version 3.1.1.
+pub(super) struct V4;
 
-impl V4 {
-    pub(super) fn new(settings: &Settings) -> Self {
-        let mut options = MqttOptions::new(&settings.client_id, &settings.host, settings.port);
-        options
-            .set_clean_session(!settings.persistent)
-            .set_manual_acks(true)
-            .set_keep_alive(settings.keep_alive)
-            .set_inflight(OUTGOING_MAX)
-            .set_max_packet_size(PACKET_BYTES_MAX as usize, PACKET_BYTES_MAX as usize);
-        if let Some((username, password)) = &settings.credentials {
-            options.set_credentials(username, password);
+impl Protocol for V4 {
+    type Packet = Packet;
+
+    fn connect(settings: &Settings) -> Packet {
+        let login = settings.credentials.as_ref().map(|(user, password)| Login::new(user, password));
+        Packet::Connect(Connect {
+            protocol: ProtocolLevel::V4,
+            keep_alive: settings.keep_alive_seconds(),
+            client_id: settings.client_id.clone(),
+            clean_session: !settings.persistent,
+            last_will: None,
+            login,
+        })
+    }
+
+    fn read(input: &mut BytesMut) -> Result<Option<Incoming>, String> {
+        let packet = match Packet::read(input, PACKET_BYTES_MAX as usize) {
+            Ok(packet) => packet,
+            Err(LibraryError::InsufficientBytes(_)) => return Ok(None),
+            Err(error) => return Err(error.to_string()),
+        };
+        Ok(Some(match packet {
+            Packet::ConnAck(answer) if answer.code == ConnectReturnCode::Success => {
+                Incoming::Accepted { session_present: answer.session_present }
+            }
+            Packet::ConnAck(answer) => Incoming::Refused(format!("{:?}", answer.code)),
+            Packet::Publish(publish) => Incoming::Event(Event::Message(Message {
+                topic: Bytes::from(publish.topic),
+                payload: publish.payload,
+                id: PacketId { number: publish.pkid, qos: publish.qos as u8 },
+            })),
+            Packet::PubRel(release) => Incoming::Release(release.pkid),
+            Packet::SubAck(answer) => {
+                let refusal = |code: &SubscribeReasonCode| match code {
+                    SubscribeReasonCode::Success(_) => None,
+                    SubscribeReasonCode::Failure => Some("Failure".to_owned()),
+                };
+                Incoming::Event(Event::Subscribed(answer.return_codes.iter().map(refusal).collect()))
+            }
+            Packet::UnsubAck(_) => Incoming::Event(Event::Unsubscribed),
+            _ => Incoming::Nothing,
+        }))
+    }
+
+    fn packet(outgoing: Outgoing) -> Packet {
+        match outgoing {
+            Outgoing::Subscribe { number, filters, qos } => {
+                let filters = filters.into_iter().map(|filter| SubscribeFilter::new(filter, quality(qos)));
+                let mut subscribe = Subscribe::new_many(filters);
+                subscribe.pkid = number;
+                Packet::Subscribe(subscribe)
+            }
+            Outgoing::Unsubscribe { number, filter } => {
+                let mut unsubscribe = Unsubscribe::new(filter);
+                unsubscribe.pkid = number;
+                Packet::Unsubscribe(unsubscribe)
+            }
+            Outgoing::Acknowledge(PacketId { number, qos: 2 }) => Packet::PubRec(PubRec::new(number)),
+            Outgoing::Acknowledge(PacketId { number, .. }) => Packet::PubAck(PubAck::new(number)),
+            Outgoing::Complete(number) => Packet::PubComp(PubComp::new(number)),
+            Outgoing::Ping => Packet::PingReq,
+            Outgoing::Disconnect => Packet::Disconnect,
         }
-        if let Some(tls) = &settings.tls {
-            options.set_transport(Transport::tls_with_config(TlsConfiguration::Rustls(Arc::clone(tls))));
-        }
-        let (client, mut event_loop) = AsyncClient::new(options, REQUESTS_MAX);
-        event_loop.network_options.set_connection_timeout(CONNECT_SECONDS_MAX);
-        // An acknowledgement is a small packet that must not wait for the next one.
-        event_loop.network_options.set_tcp_nodelay(true);
-        if settings.qos == 2 {
-            expect_every_release(&mut event_loop);
-        }
-        Self { client, event_loop, server: settings.server(), client_id: settings.client_id.clone() }
     }
 
-    fn error(&self, error: ConnectionError) -> Error {
-        match error {
-            ConnectionError::ConnectionRefused(code) => refused(&self.server, &format!("{code:?}")),
-            ConnectionError::MqttState(StateError::ConnectionAborted) => closed(&self.server, &self.client_id),
-            error => broken(&self.server, error),
-        }
-    }
-}
-
-/// Makes the library answer a PUBREL for any packet id. A broker repeats the PUBREL of a message that was
-/// received before a reconnect; a new client does not know it and would end the connection, and so on for ever.
-fn expect_every_release(event_loop: &mut EventLoop) {
-    let mut publish = Publish::new("", QoS::ExactlyOnce, Vec::new());
-    for number in 1..=u16::MAX {
-        publish.pkid = number;
-        // Manual acknowledgements: nothing is answered, the id is only noted.
-        let _ = event_loop.state.handle_incoming_packet(Packet::Publish(publish.clone()));
-        event_loop.state.events.clear();
-    }
-}
-
-#[async_trait]
-impl Client for V4 {
-    async fn open(&mut self) -> Result<bool> {
-        match self.event_loop.poll().await {
-            Ok(LibraryEvent::Incoming(Packet::ConnAck(answer))) => Ok(answer.session_present),
-            Ok(other) => Err(Error::outside(format!("MQTT broker {}: {other:?} instead of CONNACK", self.server))),
-            Err(error) => Err(self.error(error)),
-        }
-    }
-
-    async fn poll(&mut self, events: &mut Vec<Event>) -> Result<()> {
-        let first = self.event_loop.poll().await.map_err(|e| self.error(e))?;
-        events.extend(translate(first));
-        // One read takes several packets off the socket; the others wait here.
-        while let Some(event) = self.event_loop.state.events.pop_front() {
-            events.extend(translate(event));
-        }
-        Ok(())
-    }
-
-    fn requests(&self) -> Arc<dyn Requests> {
-        Arc::new(V4Requests(self.client.clone()))
-    }
-}
-
-fn translate(event: LibraryEvent) -> Option<Event> {
-    match event {
-        LibraryEvent::Incoming(Packet::Publish(publish)) => Some(Event::Message(Message {
-            topic: Bytes::from(publish.topic),
-            payload: publish.payload,
-            id: PacketId { number: publish.pkid, qos: publish.qos as u8 },
-        })),
-        LibraryEvent::Incoming(Packet::SubAck(answer)) => {
-            let refusal = |code: &SubscribeReasonCode| match code {
-                SubscribeReasonCode::Success(_) => None,
-                SubscribeReasonCode::Failure => Some("Failure".to_owned()),
-            };
-            Some(Event::Subscribed(answer.return_codes.iter().map(refusal).collect()))
-        }
-        LibraryEvent::Incoming(Packet::UnsubAck(_)) => Some(Event::Unsubscribed),
-        LibraryEvent::Outgoing(Outgoing::Disconnect) => Some(Event::Disconnected),
-        _ => None,
-    }
-}
-
-struct V4Requests(AsyncClient);
-
-impl Requests for V4Requests {
-    fn subscribe(&self, filters: &[String], qos: u8) -> Result<()> {
-        let filters = filters.iter().map(|filter| SubscribeFilter::new(filter.clone(), quality(qos)));
-        self.0.try_subscribe_many(filters).map_err(|_| connection_gone())
-    }
-
-    fn unsubscribe(&self, filter: &str) -> Result<()> {
-        self.0.try_unsubscribe(filter).map_err(|_| connection_gone())
-    }
-
-    fn acknowledge(&self, id: PacketId) -> Result<()> {
-        let mut publish = Publish::new("", quality(id.qos), Vec::new());
-        publish.pkid = id.number;
-        self.0.try_ack(&publish).map_err(|_| connection_gone())
-    }
-
-    fn disconnect(&self) {
-        let _ = self.0.try_disconnect();
+    fn write(packet: &Packet, output: &mut BytesMut) -> Result<(), String> {
+        packet.write(output, PACKET_BYTES_MAX as usize).map(drop).map_err(|e| e.to_string())
     }
 }
 
