@@ -475,8 +475,8 @@ fn rows_beyond_lateness_are_left_out_and_counted_exactly() {
         let graph = program.get("/api/v1/pipelines");
         let nodes = graph["pipelines"].as_array()?;
         let node = nodes.iter().find(|node| node["name"] == "tumbling")?;
-        let done = node["status"]["rows_in"].as_u64()? == ROWS as u64;
-        done.then(|| assert_eq!(node["status"]["late_rows"], late))
+        // A batch's rows are counted when it comes in, its late ones when it is done with.
+        (node["status"]["rows_in"] == ROWS && node["status"]["late_rows"] == late).then_some(())
     });
     let folder = program.stop();
     let output = run(folder.path(), &["run", "--drain"]);
