@@ -8,6 +8,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use arrow::array::{Int64Array, RecordBatch, StringArray};
 use pipeline::config::tree::parse;
@@ -388,6 +389,60 @@ async fn a_refused_login_is_told_without_the_password() {
         let (_, mut welcome) = source(&format!("{}\n{options}", yaml("")), &folder);
         drop(Connection::open(welcome.as_mut()).await);
     }
+}
+
+/// A broker that keeps to no window: it sends `count` messages of quality 1 at once, as fast as they are taken, and
+/// counts the acknowledgements (PUBACK of two bytes) that come meanwhile.
+fn start_flooding_broker(count: usize) -> (u16, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+    let port = listener.local_addr().expect("its address").port();
+    let acknowledged = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&acknowledged);
+    std::thread::spawn(move || {
+        let (mut socket, _) = listener.accept().expect("a client");
+        let mut writer = socket.try_clone().expect("another end");
+        let mut read = move || {
+            let mut header = [0; 2];
+            socket.read_exact(&mut header).ok()?;
+            let mut body = vec![0; usize::from(header[1])];
+            socket.read_exact(&mut body).ok()?;
+            Some((header[0], body))
+        };
+        let _connect = read();
+        writer.write_all(&[0x20, 2, 0, 0]).expect("CONNACK");
+        let (_, subscribe) = read().expect("SUBSCRIBE");
+        writer.write_all(&[0x90, 3, subscribe[0], subscribe[1], 1]).expect("SUBACK");
+        std::thread::spawn(move || {
+            while let Some((kind, _)) = read() {
+                counter.fetch_add(usize::from(kind == 0x40), Relaxed);
+            }
+        });
+        for number in 0..count {
+            let [high, low] = u16::try_from(number % 65_535 + 1).expect("a packet id").to_be_bytes();
+            // Ends when the client has gone.
+            if writer.write_all(&[0x32, 6, 0, 1, b't', high, low, b'x']).is_err() {
+                return;
+            }
+        }
+    });
+    (port, acknowledged)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn acknowledgements_leave_while_nobody_takes_messages() {
+    // More messages than wait between connection and engine.
+    let (port, acknowledged) = start_flooding_broker(200_000);
+    let folder = Scratch::new();
+    let yaml = format!("url: mqtt://127.0.0.1:{port}\nversion: 3\ntopics: [t]");
+    let (_, mut source) = source(&yaml, &folder);
+    let mut connection = Connection::open(source.as_mut()).await;
+    let mut taken = Vec::new();
+    while taken.len() < 20_000 {
+        taken.extend(patiently("messages", connection.reader.next()).await.expect("messages"));
+    }
+    connection.acknowledge(&taken).await;
+    let arrived = || (acknowledged.load(Relaxed) == taken.len()).then_some(());
+    tokio::task::block_in_place(|| wait_for("every acknowledgement", arrived));
 }
 
 /// A broker that takes one client, and refuses its second topic. Returns the port.

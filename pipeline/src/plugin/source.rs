@@ -136,8 +136,9 @@ pub trait Source: Send {
     /// reports it healthy. Cancel safe: may be dropped at stop.
     async fn connect(&mut self, position: Option<&[u8]>) -> Result<Reader>;
 
-    /// Waits until what was acknowledged has left. Called once, at the stop, when the reader and the acknowledger of
-    /// the last connection are on their way out; the engine waits only a few seconds for it. Default: nothing to do.
+    /// Waits until what was acknowledged has left. Called once, at the stop, when the reader of the last connection is
+    /// dropped; its acknowledger follows when all that was read is taken in, and a few seconds later the engine waits
+    /// no more. Default: nothing to do.
     async fn close(&mut self) {}
 }
 
