@@ -29,11 +29,12 @@ use std::sync::Arc;
 use futures::FutureExt;
 use futures::future::join_all;
 use tokio::net::TcpListener;
-use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::runtime::{Builder, Handle, Runtime, RuntimeFlavor};
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, block_in_place};
 use tokio::time::{Duration, MissedTickBehavior, interval, sleep, timeout};
 use tracing::{info, warn};
+use xxhash_rust::xxh3::xxh3_64;
 
 pub use coordinator::Stopped;
 
@@ -46,7 +47,7 @@ use crate::plugin::{HistoryTail, Sink, SinkContext, SourceContext};
 use crate::state::StateReader;
 use crate::status::{NodeKind, NodeState, NodeStatus, Status};
 use crate::time::now_us;
-use coordinator::{Control, Coordinator, Report};
+use coordinator::{Control, Coordinator, Report, STOP_DEADLINE};
 use edge::{Inputs, Message, Outlet, Takes};
 use intake_task::{IntakeTask, SourceClock};
 use outbox::{DeliveryTask, Outbox};
@@ -64,6 +65,9 @@ const CLIENTS_WITHIN: Duration = Duration::from_secs(5);
 
 /// At a stop, acknowledgements may be on their way to their senders for this long; what has none comes again.
 const SOURCES_WITHIN: Duration = Duration::from_secs(5);
+
+/// Commits that wait for a sink: of the checkpoint at hand, and of one that a stop has overtaken.
+const COMMITS_MAX: usize = 4;
 
 /// Reports and controls that wait; every node sends at most two a checkpoint.
 const SIGNALS_MAX: usize = 1024;
@@ -176,20 +180,24 @@ impl Starter {
         api::mount(&self.routes, &self.live, &self.history, summary, &self.options.pages);
         let server = server::start(self.listener, self.routes);
         tokio::spawn(wanted.watch(Arc::clone(&self.live)));
-        let (controls, commits, fingerprints, readers) = nodes.start(&self.operators, drain);
+        let started = nodes.start(&self.operators, drain);
         let coordinator = Coordinator {
             store: self.store,
             status: Arc::clone(&self.status),
             every: *self.graph.checkpoint_every,
+            stop_within: STOP_DEADLINE,
             next,
-            controls,
-            commits,
+            controls: started.controls,
+            commits: started.commits,
+            _others: started.others,
+            outboxes: started.outboxes,
             reports,
-            nodes: fingerprints,
+            nodes: started.fingerprints,
             ended: BTreeSet::new(),
+            failed: BTreeSet::new(),
         };
         let stopped = coordinator.run(stop, drain).await?;
-        let _ = timeout(SOURCES_WITHIN, join_all(readers)).await;
+        let _ = timeout(SOURCES_WITHIN, join_all(started.readers)).await;
         server.stop().await;
         let closed = async {
             while self.status.connections.totals().active_connections > 0 {
@@ -212,7 +220,8 @@ impl Starter {
             return Some(state);
         }
         let number = self.restored.number;
-        warn!("{key} has changed since checkpoint {number}: it starts anew; its position and open windows are lost");
+        let lost = if key.starts_with("sink/") { "rows that it kept" } else { "its position and open windows" };
+        warn!("{key} has changed since checkpoint {number}: it starts anew; {lost} are lost");
         None
     }
 
@@ -267,7 +276,9 @@ impl Starter {
             return Ok(());
         }
         let key = format!("sink/{}", sink.name);
-        nodes.fingerprints.insert(key.clone(), 0);
+        // The state of a sink of another type is no state for this one; all else a sink finds out by itself.
+        let fingerprint = xxh3_64(sink.type_name.as_bytes());
+        nodes.fingerprints.insert(key.clone(), fingerprint);
         let takes = match (sink.shape.live, sink.shape.takes_revised) {
             (true, _) => Takes::All,
             (false, true) => Takes::FinalAndRevised,
@@ -285,12 +296,14 @@ impl Starter {
             live: Arc::clone(&self.live),
             tails: (0..inputs).map(tail).collect(),
         });
-        let state = self.restored(&key, 0);
+        let state = self.restored(&key, fingerprint);
+        let (commit, commits) = mpsc::channel(COMMITS_MAX);
         let running = match built.map_err(|e| e.context(format!("sink {}", sink.name)))? {
             Sink::Live(live) => Running::Live(live),
             Sink::Staging(mut staging) => {
                 let mut reader = state.map(StateReader::new);
                 staging.restore(self.restored.number, reader.as_mut()).map_err(|e| e.context(&key))?;
+                nodes.commits.insert(key.clone(), commit.clone());
                 Running::Staging(staging)
             }
             Sink::Outbox(outbox_sink, limits) => {
@@ -304,11 +317,11 @@ impl Starter {
                     sink: outbox_sink,
                     status: Arc::clone(&status),
                 });
+                nodes.outboxes.push(Arc::clone(&outbox));
                 Running::Outbox(outbox)
             }
         };
-        let (commit, commits) = mpsc::channel(4);
-        nodes.commits.insert(key.clone(), commit);
+        nodes.others.push(commit);
         nodes.sinks.push(SinkTask {
             name: sink.name,
             key,
@@ -382,15 +395,24 @@ struct Nodes {
     outlets: Outlets,
     fingerprints: BTreeMap<String, u64>,
     controls: Vec<mpsc::Sender<Control>>,
-    commits: HashMap<String, mpsc::Sender<u64>>,
+    commits: BTreeMap<String, mpsc::Sender<u64>>,
+    others: Vec<mpsc::Sender<u64>>,
+    outboxes: Vec<Arc<Outbox>>,
     sources: Vec<(IntakeTask, ReaderTask)>,
     pipelines: Vec<PipelineTask>,
     sinks: Vec<SinkTask>,
     deliveries: Vec<DeliveryTask>,
 }
 
-type Signals =
-    (Vec<mpsc::Sender<Control>>, HashMap<String, mpsc::Sender<u64>>, BTreeMap<String, u64>, Vec<JoinHandle<()>>);
+/// What is left of the nodes once they run: the ways to them.
+struct Started {
+    controls: Vec<mpsc::Sender<Control>>,
+    commits: BTreeMap<String, mpsc::Sender<u64>>,
+    others: Vec<mpsc::Sender<u64>>,
+    outboxes: Vec<Arc<Outbox>>,
+    fingerprints: BTreeMap<String, u64>,
+    readers: Vec<JoinHandle<()>>,
+}
 
 impl Nodes {
     fn new(reporter: mpsc::Sender<Report>) -> Self {
@@ -399,7 +421,9 @@ impl Nodes {
             outlets: Outlets::default(),
             fingerprints: BTreeMap::new(),
             controls: Vec::new(),
-            commits: HashMap::new(),
+            commits: BTreeMap::new(),
+            others: Vec::new(),
+            outboxes: Vec::new(),
             sources: Vec::new(),
             pipelines: Vec::new(),
             sinks: Vec::new(),
@@ -408,7 +432,7 @@ impl Nodes {
     }
 
     /// Spawns everything, consumers first.
-    fn start(self, operators: &Handle, drain: bool) -> Signals {
+    fn start(self, operators: &Handle, drain: bool) -> Started {
         for task in self.deliveries {
             let key = format!("sink/{}", task.name);
             tokio::spawn(watched(key, self.reporter.clone(), task.run()));
@@ -429,8 +453,22 @@ impl Nodes {
                 readers.push(tokio::spawn(watched(key, self.reporter.clone(), reader.run())));
             }
         }
-        (self.controls, self.commits, self.fingerprints, readers)
+        let Self { controls, commits, others, outboxes, fingerprints, .. } = self;
+        Started { controls, commits, others, outboxes, fingerprints, readers }
     }
+}
+
+/// Runs what may wait for the disk. A runtime of one thread, as tests have it, has no other thread to hand over to.
+fn blocking<T>(f: impl FnOnce() -> T) -> T {
+    match Handle::current().runtime_flavor() {
+        RuntimeFlavor::MultiThread => block_in_place(f),
+        _ => f(),
+    }
+}
+
+/// Waits until a flag is set.
+async fn is_true(flag: &mut watch::Receiver<bool>) {
+    let _ = flag.wait_for(|set| *set).await;
 }
 
 /// Runs a node's task; a panic in it ends the run with an error, instead of leaving a graph that waits for it.

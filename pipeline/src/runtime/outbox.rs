@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use arrow::array::RecordBatch;
 use arrow::compute::concat_batches;
-use tokio::sync::Notify;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, sleep, sleep_until};
 use tracing::warn;
 
 use super::back_off::BackOff;
+use super::is_true;
 use crate::error::{Error, Result, Retry};
 use crate::plugin::{BatchLimits, OutboxSink, SinkInput};
 use crate::state::{StateReader, StateWriter};
@@ -21,7 +22,7 @@ use crate::time::now_us;
 /// Most bytes of rows that wait for the other side; then the graph is held back.
 const OUTBOX_BYTES_MAX: usize = 256 << 20;
 
-/// At a stop, rows are delivered for this long; the rest stays in the checkpoint.
+/// After a stop was asked for, rows are delivered for this long; the rest stays in the checkpoint.
 const DRAIN: Duration = Duration::from_secs(5);
 
 /// Rows on their way to one sink.
@@ -31,6 +32,10 @@ pub(crate) struct Outbox {
     changed: Notify,
     room: Notify,
     empty: Notify,
+    /// Whether a stop was asked for.
+    hurried: watch::Sender<bool>,
+    /// Whether the sink has failed in a way that waiting does not mend.
+    failing: watch::Sender<bool>,
 }
 
 struct Inner {
@@ -38,6 +43,7 @@ struct Inner {
     waiting: Vec<Waiting>,
     in_flight: Option<Delivery>,
     next_id: u64,
+    /// Bytes of all rows, those in flight included.
     bytes: usize,
     draining: bool,
 }
@@ -45,9 +51,16 @@ struct Inner {
 /// Rows of one input.
 #[derive(Default)]
 struct Waiting {
-    /// Rows, and since when they wait.
-    batches: VecDeque<(Instant, RecordBatch)>,
+    entries: VecDeque<Entry>,
     rows: usize,
+}
+
+/// Rows that came together.
+struct Entry {
+    rows: RecordBatch,
+    /// What they count for in [`Inner::bytes`]: taken off again to the byte, so that nothing adds up over time.
+    bytes: usize,
+    since: Instant,
 }
 
 /// Rows that are being delivered; a repeated delivery has the same id and the same rows.
@@ -56,6 +69,7 @@ struct Delivery {
     input: usize,
     id: u64,
     rows: RecordBatch,
+    bytes: usize,
 }
 
 impl Outbox {
@@ -69,16 +83,19 @@ impl Outbox {
             changed: Notify::new(),
             room: Notify::new(),
             empty: Notify::new(),
+            hurried: watch::Sender::new(false),
+            failing: watch::Sender::new(false),
         }
     }
 
-    /// Adds rows; waits while the outbox is full.
+    /// Adds rows; waits while the outbox is full. Not at a stop: then the rows on their way stand before the last
+    /// barrier, and are few.
     pub(crate) async fn put(&self, input: usize, rows: &RecordBatch) {
         loop {
             let room = self.room.notified();
             {
                 let mut inner = lock(&self.inner);
-                if inner.bytes < OUTBOX_BYTES_MAX {
+                if inner.bytes < OUTBOX_BYTES_MAX || *self.hurried.borrow() {
                     inner.add(input, rows.clone());
                     break;
                 }
@@ -88,7 +105,20 @@ impl Outbox {
         self.changed.notify_one();
     }
 
-    /// Delivers what waits, for a few seconds at most.
+    /// A stop was asked for: whoever waits for the other side does so for a few seconds more at most.
+    pub(crate) fn hurry(&self) {
+        self.hurried.send_replace(true);
+        self.room.notify_waiters();
+    }
+
+    /// Rows that are not delivered yet.
+    pub(crate) fn rows(&self) -> usize {
+        let inner = lock(&self.inner);
+        let in_flight = inner.in_flight.as_ref().map_or(0, |delivery| delivery.rows.num_rows());
+        in_flight + inner.waiting.iter().map(|waiting| waiting.rows).sum::<usize>()
+    }
+
+    /// Delivers what waits, at once and for as long as it takes, unless the sink has failed or a stop was asked for.
     pub(crate) async fn drain(&self) {
         lock(&self.inner).draining = true;
         self.changed.notify_one();
@@ -101,11 +131,22 @@ impl Outbox {
                 empty.await;
             }
         };
-        let _ = timeout(DRAIN, emptied).await;
+        let (mut hurried, mut failing) = (self.hurried.subscribe(), self.failing.subscribe());
+        let too_late = async {
+            is_true(&mut hurried).await;
+            sleep(DRAIN).await;
+        };
+        tokio::select! {
+            biased;
+            () = emptied => {}
+            () = is_true(&mut failing) => {}
+            () = too_late => {}
+        }
     }
 
     pub(crate) fn snapshot(&self, state: &mut StateWriter) -> Result<()> {
         let inner = lock(&self.inner);
+        state.u64(inner.next_id);
         state.bool(inner.in_flight.is_some());
         if let Some(delivery) = &inner.in_flight {
             state.str(&inner.inputs[delivery.input].metric);
@@ -115,7 +156,7 @@ impl Outbox {
         state.u64(inner.waiting.len() as u64);
         for (input, waiting) in inner.inputs.iter().zip(&inner.waiting) {
             state.str(&input.metric);
-            let batches: Vec<RecordBatch> = waiting.batches.iter().map(|(_, rows)| rows.clone()).collect();
+            let batches: Vec<RecordBatch> = waiting.entries.iter().map(|entry| entry.rows.clone()).collect();
             state.batches(&batches)?;
         }
         Ok(())
@@ -124,14 +165,15 @@ impl Outbox {
     pub(crate) fn restore(&self, state: &[u8]) -> Result<()> {
         let mut state = StateReader::new(state);
         let mut inner = lock(&self.inner);
+        inner.next_id = inner.next_id.max(state.u64()?);
         if state.bool()? {
             let metric = state.str()?;
             let id = state.u64()?;
-            inner.next_id = inner.next_id.max(id + 1);
             for rows in state.batches()? {
                 if let Some(input) = inner.input_of(metric, &rows) {
-                    inner.bytes += size(&rows);
-                    inner.in_flight = Some(Delivery { input, id, rows });
+                    let bytes = size(&rows);
+                    inner.bytes += bytes;
+                    inner.in_flight = Some(Delivery { input, id, rows, bytes });
                 }
             }
         }
@@ -157,14 +199,14 @@ impl Outbox {
         let limits = self.limits;
         // The longest waiting first, so that no input starves behind one that is always full.
         let due = |waiting: &Waiting| {
-            let (since, _) = waiting.batches.front()?;
-            Some(if draining || waiting.rows >= limits.rows { *since } else { *since + limits.every })
+            let since = waiting.entries.front()?.since;
+            Some(if draining || waiting.rows >= limits.rows { since } else { since + limits.every })
         };
         let first = inner.waiting.iter().enumerate().filter_map(|(input, w)| Some((due(w)?, input))).min();
         match first {
             Some((at, input)) if at <= now => {
-                let rows = inner.waiting[input].take(limits.rows)?;
-                let delivery = Delivery { input, id: inner.next_id, rows };
+                let (rows, bytes) = inner.waiting[input].take(limits.rows)?;
+                let delivery = Delivery { input, id: inner.next_id, rows, bytes };
                 inner.next_id += 1;
                 inner.in_flight = Some(delivery.clone());
                 Ok(Ok(delivery))
@@ -191,9 +233,8 @@ impl Outbox {
     fn done(&self, delivery: &Delivery) {
         let mut inner = lock(&self.inner);
         inner.in_flight = None;
-        inner.bytes = inner.bytes.saturating_sub(size(&delivery.rows));
+        inner.bytes -= delivery.bytes;
         if inner.is_empty() {
-            inner.bytes = 0;
             self.empty.notify_waiters();
         }
         drop(inner);
@@ -215,10 +256,11 @@ impl Inner {
     }
 
     fn add(&mut self, input: usize, rows: RecordBatch) {
-        self.bytes += size(&rows);
+        let bytes = size(&rows);
+        self.bytes += bytes;
         let waiting = &mut self.waiting[input];
         waiting.rows += rows.num_rows();
-        waiting.batches.push_back((Instant::now(), rows));
+        waiting.entries.push_back(Entry { rows, bytes, since: Instant::now() });
     }
 
     fn is_empty(&self) -> bool {
@@ -227,26 +269,32 @@ impl Inner {
 }
 
 impl Waiting {
-    /// At most `rows_max` rows from the front, as one batch.
-    fn take(&mut self, rows_max: usize) -> Result<RecordBatch> {
+    /// At most `rows_max` rows from the front, as one batch, and the bytes that they count for.
+    fn take(&mut self, rows_max: usize) -> Result<(RecordBatch, usize)> {
         let mut parts = Vec::new();
+        let mut bytes = 0;
         let mut wanted = rows_max.max(1);
-        while let Some((since, batch)) = self.batches.pop_front() {
-            if batch.num_rows() > wanted {
-                self.batches.push_front((since, batch.slice(wanted, batch.num_rows() - wanted)));
-                parts.push(batch.slice(0, wanted));
+        while wanted > 0
+            && let Some(mut entry) = self.entries.pop_front()
+        {
+            let count = entry.rows.num_rows();
+            if count > wanted {
+                let part = entry.bytes * wanted / count;
+                parts.push(entry.rows.slice(0, wanted));
+                bytes += part;
+                entry.rows = entry.rows.slice(wanted, count - wanted);
+                entry.bytes -= part;
+                self.entries.push_front(entry);
                 break;
             }
-            wanted -= batch.num_rows();
-            parts.push(batch);
-            if wanted == 0 {
-                break;
-            }
+            wanted -= count;
+            bytes += entry.bytes;
+            parts.push(entry.rows);
         }
         let first = parts.first().ok_or_else(|| Error::internal("nothing to deliver"))?;
         let rows = concat_batches(first.schema_ref(), &parts)?;
         self.rows -= rows.num_rows();
-        Ok(rows)
+        Ok((rows, bytes))
     }
 }
 
@@ -275,6 +323,7 @@ impl DeliveryTask {
             if error.retry == Retry::Never {
                 tracing::error!(sink = %self.name, "{error}");
                 self.status.set_state(NodeState::Failed(error.to_string()));
+                self.outbox.failing.send_replace(true);
             } else {
                 self.status.set_state(NodeState::Retrying(error.to_string()));
             }
@@ -290,6 +339,7 @@ impl DeliveryTask {
     async fn connected(&mut self, back_off: &mut BackOff) -> Result<std::convert::Infallible> {
         self.sink.connect().await?;
         self.status.set_state(NodeState::Healthy);
+        self.outbox.failing.send_replace(false);
         loop {
             let delivery = self.outbox.due().await?;
             let rows = delivery.rows.num_rows() as u64;
@@ -376,7 +426,7 @@ mod tests {
     async fn rows_that_are_cut_off_keep_the_time_since_which_they_wait() {
         let outbox = outbox(3, LONG, &["m"]);
         outbox.put(0, &rows(0..4)).await;
-        let since = lock(&outbox.inner).waiting[0].batches[0].0;
+        let since = lock(&outbox.inner).waiting[0].entries[0].since;
         assert_eq!(delivered(&outbox), Some((0, vec![0, 1, 2])));
         let Ok(Err(Some(at))) = outbox.next() else { panic!("one row waits") };
         assert_eq!(at, since + LONG);
@@ -470,6 +520,51 @@ mod tests {
             assert!(lock(&outbox.inner).is_empty(), "{case}");
             assert_eq!(status.dropped_rows.load(Relaxed), dropped, "{case}");
         }
+    }
+
+    #[tokio::test]
+    async fn at_a_stop_rows_on_their_way_pass_a_full_outbox() {
+        let outbox = outbox(usize::MAX, Duration::ZERO, &["m"]);
+        lock(&outbox.inner).bytes = OUTBOX_BYTES_MAX;
+        let one = rows([7]);
+        let mut put = std::pin::pin!(outbox.put(0, &one));
+        assert!(poll!(put.as_mut()).is_pending());
+        outbox.hurry();
+        assert!(poll!(put.as_mut()).is_ready());
+        assert_eq!(outbox.rows(), 1);
+    }
+
+    #[tokio::test]
+    async fn draining_ends_when_nothing_waits_or_the_sink_has_failed() {
+        let outbox = outbox(100, LONG, &["m"]);
+        outbox.drain().await;
+        outbox.put(0, &rows(0..2)).await;
+        let mut drain = std::pin::pin!(outbox.drain());
+        assert!(poll!(drain.as_mut()).is_pending(), "however long the other side is away");
+        outbox.hurry();
+        assert!(poll!(drain.as_mut()).is_pending(), "a few seconds more");
+        outbox.failing.send_replace(true);
+        assert!(poll!(drain.as_mut()).is_ready());
+        assert_eq!(outbox.rows(), 2);
+    }
+
+    #[tokio::test]
+    async fn what_rows_count_for_is_taken_off_again_to_the_byte() {
+        let outbox = outbox(7, Duration::ZERO, &["m", "n"]);
+        for value in 0..100 {
+            outbox.put(value as usize % 2, &rows(value..value * 3)).await;
+        }
+        let mut state = StateWriter::default();
+        let in_flight = outbox.next().expect("no failure").expect("due");
+        outbox.snapshot(&mut state).expect("a state");
+        outbox.done(&in_flight);
+        while delivered(&outbox).is_some() {}
+        assert_eq!(lock(&outbox.inner).bytes, 0);
+        outbox.restore(&state.finish()).expect("a state");
+        assert_eq!(outbox.rows(), (0..100).map(|value| value * 2).sum::<usize>());
+        while delivered(&outbox).is_some() {}
+        assert_eq!(lock(&outbox.inner).bytes, 0);
+        assert_eq!(outbox.rows(), 0);
     }
 
     #[tokio::test]

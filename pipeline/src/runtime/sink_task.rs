@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use tokio::sync::mpsc;
-use tokio::task::block_in_place;
 use tokio::time::sleep;
 use tracing::warn;
 
 use super::back_off::BackOff;
+use super::blocking;
 use super::coordinator::Report;
 use super::edge::{Barrier, Event, Inputs};
 use super::outbox::Outbox;
@@ -71,21 +71,9 @@ impl SinkTask {
         match &mut self.sink {
             Running::Live(sink) => sink.write(input, batch, number),
             Running::Outbox(outbox) => outbox.put(input, batch.rows()).await,
-            Running::Staging(sink) => {
-                let mut back_off = BackOff::new(number);
-                // Nothing may be lost: an error holds the stream here until there is room again.
-                while let Err(error) = block_in_place(|| sink.write(input, batch, number)) {
-                    self.status.errors.fetch_add(1, Relaxed);
-                    if error.retry == Retry::Never {
-                        tracing::error!(sink = %self.name, "{error}; {} rows are lost", batch.len());
-                        self.status.dropped_rows.fetch_add(batch.len() as u64, Relaxed);
-                        self.status.set_state(NodeState::Failed(error.to_string()));
-                        return;
-                    }
-                    let wait = back_off.wait();
-                    warn!(sink = %self.name, "{error}; trying again in {:.1} s", wait.as_secs_f64());
-                    self.status.set_state(NodeState::Retrying(error.to_string()));
-                    sleep(wait).await;
+            Running::Staging(_) => {
+                if !self.stage(input, batch, number).await {
+                    return;
                 }
             }
         }
@@ -94,11 +82,38 @@ impl SinkTask {
         }
     }
 
+    /// Writes to a staging sink; whether it took the rows. Nothing may be lost: an error that may pass holds the
+    /// stream here until it has.
+    async fn stage(&mut self, input: usize, batch: &Batch, number: u64) -> bool {
+        let mut back_off = BackOff::new(number);
+        loop {
+            let Running::Staging(sink) = &mut self.sink else { return false };
+            let Err(error) = blocking(|| sink.write(input, batch, number)) else { break };
+            self.status.errors.fetch_add(1, Relaxed);
+            if error.retry == Retry::Never {
+                tracing::error!(sink = %self.name, "{error}; {} rows are lost", batch.len());
+                self.status.dropped_rows.fetch_add(batch.len() as u64, Relaxed);
+                self.status.set_state(NodeState::Failed(error.to_string()));
+                return false;
+            }
+            let wait = back_off.wait();
+            warn!(sink = %self.name, "{error}; trying again in {:.1} s", wait.as_secs_f64());
+            self.status.set_state(NodeState::Retrying(error.to_string()));
+            // The checkpoint before waits for its answer, and with it those of all other nodes.
+            tokio::select! {
+                () = sleep(wait) => {}
+                Some(checkpoint) = self.commits.recv() => self.commit(checkpoint).await,
+            }
+        }
+        self.healthy_again();
+        true
+    }
+
     async fn barrier(&mut self, barrier: Barrier) {
         let mut state = StateWriter::default();
         let prepared: Result<()> = match &mut self.sink {
             Running::Live(_) => Ok(()),
-            Running::Staging(sink) => block_in_place(|| sink.prepare(barrier.checkpoint, barrier.last, &mut state)),
+            Running::Staging(sink) => blocking(|| sink.prepare(barrier.checkpoint, barrier.last, &mut state)),
             Running::Outbox(outbox) => {
                 if barrier.last {
                     outbox.drain().await;
@@ -113,8 +128,6 @@ impl SinkTask {
                 warn!(sink = %self.name, "checkpoint {}: {error}; the rows are kept for the next one", barrier.checkpoint);
             }
             self.status.set_state(NodeState::Retrying(error.to_string()));
-        } else if let Running::Staging(_) = &self.sink {
-            self.healthy_again();
         }
         let state = prepared.map(|()| state.finish());
         let _ = self.reports.send(Report::Prepared(self.key.clone(), barrier.checkpoint, state)).await;
@@ -128,13 +141,17 @@ impl SinkTask {
 
     async fn commit(&mut self, checkpoint: u64) {
         let result = match &mut self.sink {
-            Running::Staging(sink) => block_in_place(|| sink.commit(checkpoint)),
+            Running::Staging(sink) => blocking(|| sink.commit(checkpoint)),
             Running::Live(_) | Running::Outbox(_) => Ok(()),
         };
-        if let Err(error) = &result {
-            self.status.errors.fetch_add(1, Relaxed);
-            tracing::error!(sink = %self.name, "publishing checkpoint {checkpoint}: {error}");
-            self.status.set_state(NodeState::Retrying(error.to_string()));
+        match &result {
+            Ok(()) => self.healthy_again(),
+            Err(error) => {
+                self.status.errors.fetch_add(1, Relaxed);
+                let never = error.retry == Retry::Never;
+                let state = if never { NodeState::Failed } else { NodeState::Retrying };
+                self.status.set_state(state(error.to_string()));
+            }
         }
         let committed = result.map_err(|error: Error| error.to_string());
         let _ = self.reports.send(Report::Committed(self.key.clone(), checkpoint, committed)).await;
