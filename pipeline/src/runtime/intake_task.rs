@@ -53,6 +53,8 @@ pub(crate) struct IntakeTask {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Running,
+    /// Failed for good: nothing more comes, but the windows stay open for the run after the mistake is mended.
+    Failed,
     Ended,
 }
 
@@ -65,20 +67,15 @@ impl IntakeTask {
             tokio::select! {
                 biased;
                 control = self.control.recv() => match control {
-                    Some(Control::Barrier(barrier)) if barrier.last => return self.stop(barrier).await,
+                    Some(Control::Barrier(barrier)) if barrier.last => return self.stop(barrier, phase).await,
                     Some(Control::Barrier(barrier)) => self.barrier(barrier).await,
                     Some(Control::Close) => self.close().await,
                     None => return,
                 },
-                arrival = self.arrivals.recv(), if phase == Phase::Running => match arrival {
-                    Some(Arrival::Ended) | None => {
-                        phase = Phase::Ended;
-                        self.close().await;
-                        let _ = self.reports.send(Report::SourceEnded(self.key.clone())).await;
-                    }
-                    Some(arrival) => self.arrival(arrival).await,
-                },
-                _ = tick.tick(), if phase == Phase::Running => self.tick().await,
+                arrival = self.arrivals.recv(), if phase == Phase::Running => {
+                    phase = self.arrival(arrival.unwrap_or(Arrival::Ended)).await;
+                }
+                _ = tick.tick(), if phase != Phase::Ended => self.tick(phase).await,
             }
         }
     }
@@ -90,13 +87,13 @@ impl IntakeTask {
     }
 
     /// The last barrier: takes in what has arrived, then stops.
-    async fn stop(&mut self, barrier: Barrier) {
+    async fn stop(&mut self, barrier: Barrier, mut phase: Phase) {
         // Closing first makes the connection's task stop; what it had handed over is still received, unless the
         // next start reads it again from the position: a stop need not wait for that.
         self.arrivals.close();
         while let Some(arrival) = self.arrivals.recv().await {
-            if self.delivery != Delivery::Replayable {
-                self.arrival(arrival).await;
+            if phase == Phase::Running && self.delivery != Delivery::Replayable {
+                phase = self.arrival(arrival).await;
             }
         }
         self.barrier(barrier).await;
@@ -128,7 +125,7 @@ impl IntakeTask {
         Ok(self.position.clone())
     }
 
-    async fn arrival(&mut self, arrival: Arrival) {
+    async fn arrival(&mut self, arrival: Arrival) -> Phase {
         let mut next = Some(arrival);
         while let Some(arrival) = next.take() {
             self.status.queue.store(self.arrivals.len() as u64, Relaxed);
@@ -142,21 +139,46 @@ impl IntakeTask {
                     self.clock.set_connected(false);
                 }
                 Arrival::Unwanted => self.clock.set_unwanted(),
-                Arrival::Ended => {}
+                Arrival::Ended => {
+                    self.close().await;
+                    let _ = self.reports.send(Report::SourceEnded(self.key.clone())).await;
+                    return Phase::Ended;
+                }
+                Arrival::Failed => return self.failed().await,
                 Arrival::Rows(pulled) => {
-                    let taken = self.take_rows(&pulled.rows, pulled.errors).await;
-                    self.report(taken);
+                    if let Err(error) = self.take_rows(&pulled.rows, pulled.errors).await {
+                        return self.fail(&error).await;
+                    }
                     self.position = Some(pulled.position);
                 }
                 Arrival::Records(mut records) => {
                     next = self.more_records(&mut records);
                     let taken = self.take_records(&records).await;
-                    let accepted = taken.is_ok();
-                    self.report(taken);
-                    self.acknowledge(&records, accepted).await;
+                    self.acknowledge(&records, taken.is_ok()).await;
+                    if let Err(error) = taken {
+                        return self.fail(&error).await;
+                    }
                 }
             }
         }
+        Phase::Running
+    }
+
+    /// Rows could not be taken in: taking in later ones would lose them.
+    async fn fail(&mut self, error: &Error) -> Phase {
+        self.status.errors.fetch_add(1, Relaxed);
+        tracing::error!(source = %self.name, "{error}");
+        self.status.set_state(NodeState::Failed(error.to_string()));
+        // The connection's task stops.
+        self.arrivals.close();
+        self.link = None;
+        self.failed().await
+    }
+
+    async fn failed(&mut self) -> Phase {
+        self.clock.set_connected(false);
+        let _ = self.reports.send(Report::SourceFailed(self.key.clone())).await;
+        Phase::Failed
     }
 
     /// Adds the records that have arrived meanwhile, so that under load batches fill up. Returns the arrival
@@ -256,16 +278,8 @@ impl IntakeTask {
         }
     }
 
-    fn report(&self, result: Result<()>) {
-        if let Err(error) = result {
-            self.status.errors.fetch_add(1, Relaxed);
-            tracing::error!(source = %self.name, "{error}");
-            self.status.set_state(NodeState::Failed(error.to_string()));
-        }
-    }
-
-    async fn tick(&mut self) {
-        if let Some(message) = self.clock.tick(self.arrivals.is_empty()) {
+    async fn tick(&mut self, phase: Phase) {
+        if let Some(message) = self.clock.tick(phase == Phase::Failed || self.arrivals.is_empty()) {
             self.rows.send(message).await;
         }
     }
@@ -403,8 +417,20 @@ impl SourceClock {
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
+    use std::sync::Mutex;
+
+    use async_trait::async_trait;
+    use bytes::Bytes;
+    use futures::poll;
+    use tokio::sync::oneshot;
+
     use super::*;
+    use crate::plugin::{Acknowledger, Decoded, Pulled};
+    use crate::runtime::edge::Takes;
+    use crate::runtime::queue::{Sender, queue};
     use crate::schema::{FieldType, schema_of};
+    use crate::status::{NodeKind, Status, lock};
 
     const MIN: i64 = i64::MIN;
 
@@ -540,5 +566,225 @@ mod tests {
             assert_eq!(one.watermark_us, other.watermark_us);
             assert_eq!(clock.advanced(), restored.advanced());
         }
+    }
+
+    #[test]
+    fn a_poll_without_rows_is_no_row() {
+        let mut clock = event_clock();
+        clock.set_connected(true);
+        let active = clock.active;
+        clock.stamp();
+        assert_eq!(clock.active, active);
+        clock.row_came();
+        assert!(clock.active >= active);
+    }
+
+    #[test]
+    fn a_connection_that_breaks_while_idle_is_waited_for_again() {
+        let mut clock = event_clock();
+        clock.set_connected(true);
+        watermarks(&mut clock, &[100]);
+        clock.advanced();
+        assert!(matches!(clock.tick(true), Some(Message::Idle(_))));
+        clock.set_connected(false);
+        assert!(matches!(clock.tick(true), Some(Message::Watermark(90))), "the idle time is taken back");
+        assert!(clock.tick(true).is_none());
+    }
+
+    /// A record holds one event time; any other text is a wrong row; `broken` fails the decoder.
+    struct Times1;
+
+    impl Decoder for Times1 {
+        fn decode(&mut self, records: &[Record]) -> Result<Decoded> {
+            let (mut times, mut record_of_row, mut errors) = (Vec::new(), Vec::new(), Vec::new());
+            for (index, record) in records.iter().enumerate() {
+                let text = std::str::from_utf8(&record.payload).expect("text");
+                match text.parse() {
+                    _ if text == "broken" => return Err(Error::internal("broken")),
+                    Ok(time) => {
+                        times.push(time);
+                        record_of_row.push(index as u32);
+                    }
+                    Err(_) => errors.push(RowError::new("no number", &record.payload)),
+                }
+            }
+            Ok(Decoded { rows: rows(&times), record_of_row, errors })
+        }
+    }
+
+    /// Notes what it is told.
+    struct Noting(Arc<Mutex<Vec<String>>>);
+
+    #[async_trait]
+    impl Acknowledger for Noting {
+        async fn acknowledge(&mut self, tokens: &[u64]) -> Result<()> {
+            lock(&self.0).push(format!("accepted {tokens:?}"));
+            Ok(())
+        }
+        async fn reject(&mut self, tokens: &[u64]) -> Result<()> {
+            lock(&self.0).push(format!("rejected {tokens:?}"));
+            Ok(())
+        }
+    }
+
+    /// A task and all that it is connected to.
+    struct Bench {
+        task: IntakeTask,
+        arrivals: Sender<Arrival>,
+        rows: Receiver<Message>,
+        errors: Receiver<Message>,
+        reports: mpsc::Receiver<Report>,
+        told: Arc<Mutex<Vec<String>>>,
+    }
+
+    fn bench(delivery: Delivery) -> Bench {
+        let (arrivals, received) = queue(16);
+        let (_, control) = mpsc::channel(1);
+        let (reporter, reports) = mpsc::channel(16);
+        let (mut to_rows, mut to_errors) = (Outlet::default(), Outlet::default());
+        let (rows, errors) = (to_rows.add(Takes::All), to_errors.add(Takes::All));
+        let told = Arc::default();
+        let (broken, _) = oneshot::channel();
+        let task = IntakeTask {
+            name: "s".to_owned(),
+            key: "source/s".to_owned(),
+            arrivals: received,
+            control,
+            reports: reporter,
+            decoder: Some(Box::new(Times1)),
+            rows: to_rows,
+            errors: to_errors,
+            status: Status::default().node(NodeKind::Source, "s", ""),
+            clock: event_clock(),
+            position: None,
+            link: Some(Link { acknowledger: Box::new(Noting(Arc::clone(&told))), broken }),
+            error_batches: 0,
+            batches: 0,
+            error_log: None,
+            delivery,
+        };
+        Bench { task, arrivals, rows, errors, reports, told }
+    }
+
+    fn records(payloads: &[&str]) -> Arrival {
+        let record = |(token, payload): (usize, &&str)| Record {
+            payload: Bytes::copy_from_slice(payload.as_bytes()),
+            metadata: Bytes::new(),
+            token: token as u64,
+        };
+        Arrival::Records(payloads.iter().enumerate().map(record).collect())
+    }
+
+    fn pulled(event_us: &[i64], position: u8) -> Arrival {
+        Arrival::Rows(Pulled { rows: rows(event_us), errors: Vec::new(), position: vec![position], more: false })
+    }
+
+    /// Everything that waits, event times of batches as they are.
+    fn waiting(receiver: &mut Receiver<Message>) -> Vec<String> {
+        let show = |message| match message {
+            Message::Batch(batch, number) => format!("{number}: {:?}", batch.event_us()),
+            Message::Watermark(i64::MAX) => "closed".to_owned(),
+            Message::Watermark(time) => format!("time {time}"),
+            Message::Barrier(barrier) => format!("barrier {}", barrier.checkpoint),
+            other => format!("{other:?}"),
+        };
+        std::iter::from_fn(|| receiver.try_recv().ok()).map(show).collect()
+    }
+
+    #[tokio::test]
+    async fn records_are_acknowledged_once_they_are_in_the_graph() {
+        let mut bench = bench(Delivery::Acknowledged);
+        let told = Arc::clone(&bench.told);
+        let full = i64::try_from(crate::runtime::queue::QUEUE_ROWS_MAX).expect("a number");
+        bench.task.rows.send(Message::Batch(huge(full), 0)).await;
+        {
+            let mut arrival = pin!(bench.task.arrival(records(&["100", "x", "120"])));
+            assert!(poll!(arrival.as_mut()).is_pending(), "no room");
+            assert!(lock(&told).is_empty());
+            bench.rows.recv().await;
+            assert!(matches!(arrival.await, Phase::Running));
+        }
+        assert_eq!(*lock(&told), ["accepted [0, 1, 2]"]);
+        assert_eq!(waiting(&mut bench.rows), ["1: [100, 120]", "time 110"]);
+        assert_eq!(waiting(&mut bench.errors).len(), 1);
+        assert_eq!(bench.task.status.errors.load(Relaxed), 1);
+    }
+
+    fn huge(count: i64) -> Batch {
+        let times: Vec<i64> = (0..count).collect();
+        Batch::new(rows(&times), Times::constant(0, 0, 0, times.len()), Stage::Final).expect("a batch")
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_taken_in_fails_the_source_and_is_neither_acknowledged_nor_passed_over() {
+        for (case, arrival, told) in [
+            ("records", records(&["1", "broken"]), vec!["rejected [0, 1]"]),
+            // Rows of other columns than promised.
+            ("rows", other_columns(), vec![]),
+        ] {
+            let mut bench = bench(Delivery::Replayable);
+            bench.task.arrival(pulled(&[100], 1)).await;
+            assert!(matches!(bench.task.arrival(arrival).await, Phase::Failed), "{case}");
+            assert_eq!(*lock(&bench.told), told, "{case}");
+            assert_eq!(bench.task.position, Some(vec![1]), "{case}");
+            assert!(matches!(bench.reports.try_recv(), Ok(Report::SourceFailed(key)) if key == "source/s"), "{case}");
+            assert!(matches!(bench.task.status.state(), NodeState::Failed(_)), "{case}");
+            assert!(bench.arrivals.send(pulled(&[2], 2), 1).await.is_err(), "{case}: the reader stops");
+            assert_eq!(waiting(&mut bench.rows), ["1: [100]", "time 90"], "{case}: windows stay open");
+        }
+    }
+
+    fn other_columns() -> Arrival {
+        let rows = RecordBatch::try_new(schema_of([("ts", FieldType::Int)]), vec![Arc::new(Int64Array::from(vec![1]))]);
+        Arrival::Rows(Pulled { rows: rows.expect("rows"), errors: Vec::new(), position: vec![9], more: false })
+    }
+
+    #[tokio::test]
+    async fn the_end_closes_windows_and_a_failure_does_not() {
+        for (arrival, ended, expected) in
+            [(Arrival::Ended, true, vec!["closed"]), (Arrival::Failed, false, Vec::<&str>::new())]
+        {
+            let mut bench = bench(Delivery::Replayable);
+            let phase = bench.task.arrival(arrival).await;
+            assert!(if ended { phase == Phase::Ended } else { phase == Phase::Failed });
+            let report = bench.reports.try_recv().expect("a report");
+            assert!(
+                matches!(report, Report::SourceEnded(_)) == ended && matches!(report, Report::SourceFailed(_)) != ended
+            );
+            assert_eq!(waiting(&mut bench.rows), expected);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stop_takes_in_what_would_be_lost_and_leaves_what_is_read_again() {
+        for (delivery, expected, position) in [
+            (Delivery::Sampled, vec!["1: [100]", "time 90", "barrier 5", "End"], 7),
+            (Delivery::Replayable, vec!["barrier 5", "End"], 1),
+        ] {
+            let mut bench = bench(delivery);
+            bench.task.position = Some(vec![1]);
+            bench.arrivals.send(pulled(&[100], 7), 1).await.expect("room");
+            let barrier = Barrier { checkpoint: 5, last: true };
+            bench.task.stop(barrier, Phase::Running).await;
+            assert_eq!(waiting(&mut bench.rows), expected, "{delivery:?}");
+            assert_eq!(waiting(&mut bench.errors), ["barrier 5", "End"], "{delivery:?}");
+            let Ok(Report::Prepared(_, 5, Ok(state))) = bench.reports.try_recv() else { panic!("no state") };
+            let mut after = self::bench(delivery);
+            assert_eq!(after.task.restore(&state).expect("a state"), Some(vec![position]), "{delivery:?}");
+            assert_eq!(after.task.clock.newest_us, bench.task.clock.newest_us, "{delivery:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_row_without_event_time_is_a_row_in_error() {
+        let mut bench = bench(Delivery::Sampled);
+        let column = TimestampMicrosecondArray::from(vec![Some(5), None, Some(6)]).with_timezone("UTC");
+        let rows = RecordBatch::try_new(rows(&[]).schema(), vec![Arc::new(column)]).expect("rows");
+        let arrival = Arrival::Rows(Pulled { rows, errors: Vec::new(), position: vec![1], more: false });
+        assert!(matches!(bench.task.arrival(arrival).await, Phase::Running));
+        assert_eq!(waiting(&mut bench.rows), ["1: [5, 6]", "time -4"]);
+        assert_eq!(bench.task.status.errors.load(Relaxed), 1);
+        let Ok(Message::Batch(errors, 1)) = bench.errors.try_recv() else { panic!("no error row") };
+        assert!(errors.json().row(0).contains("no event time: `ts` is null"), "{}", errors.json().row(0));
     }
 }

@@ -33,8 +33,10 @@ pub(crate) enum Arrival {
     Records(Vec<Record>),
     /// Nobody wants the rows: the source waits.
     Unwanted,
-    /// A bounded source has reached its end, or the source has failed for good.
+    /// A bounded source has reached its end.
     Ended,
+    /// The source has failed for good.
+    Failed,
 }
 
 /// The engine's way back to the sender of records.
@@ -103,7 +105,7 @@ impl ReaderTask {
             if error.retry == Retry::Never {
                 tracing::error!(source = %self.status.name, "{error}");
                 self.status.set_state(NodeState::Failed(error.to_string()));
-                let _ = self.arrivals.send(Arrival::Ended, 0).await;
+                let _ = self.arrivals.send(Arrival::Failed, 0).await;
                 return;
             }
             let wait = back_off.wait();
