@@ -161,8 +161,13 @@ impl Starter {
 
         // Consumers first, so that every edge exists before its producer is built; and a sink that cannot be built
         // (a folder that cannot be written) stops the start before anything is read.
+        let names: Vec<String> = pipelines.iter().map(|pipeline| pipeline.name.clone()).collect();
+        let name_of = |producer: Producer| match producer {
+            Producer::Source(index) | Producer::SourceErrors(index) => sources[index].name.clone(),
+            Producer::Pipeline(index) => names[index].clone(),
+        };
         for pipeline in pipelines {
-            self.pipeline(pipeline, &mut nodes)?;
+            self.pipeline(pipeline, name_of, &mut nodes)?;
         }
         for (index, sink) in sinks.into_iter().enumerate() {
             self.sink(index, sink, &mut nodes)?;
@@ -234,11 +239,12 @@ impl Starter {
         }
     }
 
-    fn pipeline(&self, pipeline: GraphPipeline, nodes: &mut Nodes) -> Result<()> {
+    fn pipeline(&self, pipeline: GraphPipeline, name_of: impl Fn(Producer) -> String, nodes: &mut Nodes) -> Result<()> {
         let key = format!("pipeline/{}", pipeline.name);
         nodes.fingerprints.insert(key.clone(), pipeline.fingerprint);
         let receivers = pipeline.inputs.iter().map(|input| nodes.outlets.add(input.producer, Takes::Final)).collect();
         let ports = pipeline.inputs.into_iter().map(|input| Port {
+            from: name_of(input.producer),
             step: input.step,
             input: input.input,
             unite: input.unite,

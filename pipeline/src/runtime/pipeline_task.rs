@@ -41,6 +41,8 @@ pub(crate) struct PipelineTask {
 
 /// One input of the pipeline.
 pub(crate) struct Port {
+    /// Name of the source or pipeline that it reads: inputs may stand in another order in the next run.
+    pub(crate) from: String,
     pub(crate) step: usize,
     pub(crate) input: usize,
     pub(crate) unite: Option<(SchemaRef, Vec<Option<usize>>)>,
@@ -246,6 +248,7 @@ impl PipelineTask {
         state.i64(kept(self.forwarded_us));
         state.u64(self.ports.len() as u64);
         for port in &self.ports {
+            state.str(&port.from);
             state.i64(kept(port.watermark_us));
         }
         state.u64(self.steps.len() as u64);
@@ -265,10 +268,10 @@ impl PipelineTask {
         self.watermark_us = state.i64()?;
         self.forwarded_us = state.i64()?;
         let ports = state.count()?;
-        let watermarks: Vec<i64> = (0..ports).map(|_| state.i64()).collect::<Result<_>>()?;
-        // Other inputs may feed the same steps after a change of the YAML; they start with no watermark.
-        if ports == self.ports.len() {
-            self.ports.iter_mut().zip(watermarks).for_each(|(port, time)| port.watermark_us = time);
+        for _ in 0..ports {
+            let (from, time_us) = (state.str()?, state.i64()?);
+            // Other inputs may feed the same steps after a change of the YAML; they start with no watermark.
+            self.ports.iter_mut().filter(|port| port.from == from).for_each(|port| port.watermark_us = time_us);
         }
         let steps = state.count()?;
         for index in 0..steps {
@@ -369,7 +372,14 @@ mod tests {
     fn task(names: &[&str], steps: Vec<Step>) -> (PipelineTask, mpsc::Receiver<Report>) {
         let status = Arc::new(Status::default());
         let (reports, received) = mpsc::channel(8);
-        let port = |_: &&str| Port { step: 0, input: 0, unite: None, watermark_us: MIN, idle_us: None };
+        let port = |from: &&str| Port {
+            from: (*from).to_owned(),
+            step: 0,
+            input: 0,
+            unite: None,
+            watermark_us: MIN,
+            idle_us: None,
+        };
         let task = PipelineTask {
             name: "p".to_owned(),
             key: "pipeline/p".to_owned(),
@@ -570,6 +580,9 @@ mod tests {
         for (port, signal) in [(0, Time(15)), (1, rows(&[30], 20)), (0, Time(40))] {
             assert_eq!(after(&mut one, port, &signal), after(&mut other, port, &signal), "{signal:?}");
         }
+        let (mut turned, _received) = task(&["b", "new", "a"], vec![Step::default()]);
+        turned.restore(&state).expect("a state");
+        assert_eq!(turned.ports.iter().map(|port| port.watermark_us).collect::<Vec<_>>(), [20, MIN, 10]);
         for length in 0..state.len() {
             assert!(task(&["a", "b"], vec![Step::default()]).0.restore(&state[..length]).is_err(), "cut to {length}");
         }
