@@ -22,7 +22,7 @@
 //! | write a plugin | [`plugin`] |
 //! | follow a row | `runtime`: reader, intake, pipeline and sink task |
 //! | follow a checkpoint | `runtime`: coordinator, store |
-//! | keep something on disk | [`disk`] |
+//! | keep something on disk | [`log`] on [`disk`] |
 //! | serve a route | [`http`]; live sinks find the latest rows and demand in [`live`] |
 //! | query history | [`history`] |
 //! | count something | [`status`] |
@@ -48,6 +48,7 @@ pub mod history;
 pub mod http;
 pub mod json;
 pub mod live;
+pub mod log;
 pub mod network;
 pub mod plugin;
 pub mod rows;
