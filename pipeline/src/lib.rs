@@ -22,6 +22,7 @@
 //! | write a plugin | [`plugin`] |
 //! | follow a row | `runtime`: reader, intake, pipeline and sink task |
 //! | follow a checkpoint | `runtime`: coordinator, store |
+//! | keep something on disk | [`log`] on [`disk`] |
 //! | serve a route | [`http`]; live sinks find the latest rows and demand in [`live`] |
 //! | query history | [`history`] |
 //! | count something | [`status`] |
@@ -38,6 +39,7 @@
 
 pub mod batch;
 pub mod config;
+pub mod disk;
 pub mod epoch;
 pub mod error;
 pub mod expression;
@@ -46,6 +48,7 @@ pub mod history;
 pub mod http;
 pub mod json;
 pub mod live;
+pub mod log;
 pub mod network;
 pub mod plugin;
 pub mod rows;

@@ -1,0 +1,598 @@
+//! A disk in memory that loses power: for tests, of this crate and of others.
+//!
+//! What a power loss does here, all of it drawn from the seed:
+//!
+//! - Of the bytes written since the last sync of a file, any subset of the 512-byte sectors is kept, in any order; lost
+//!   sectors between kept ones read as zeros. A cut ([`DiskFile::set_len`]) is kept or lost, whatever came after it.
+//! - Of the names made, changed and removed since the last sync of their folder, any subset is kept. A rename is kept or
+//!   lost as a whole; a file whose creation was lost is gone, its synced bytes with it.
+//!
+//! That is more than real file systems lose (they keep some order), so what survives here survives there.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::{Disk, DiskFile, Entry};
+
+/// What a disk writes as a whole or not at all, in bytes.
+const SECTOR: usize = 512;
+
+/// Numbers from a seed, the same on every machine (SplitMix64).
+#[derive(Clone, Debug)]
+pub struct Random(u64);
+
+impl Random {
+    /// Equal seeds give equal numbers.
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// The next number.
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        mixed ^ (mixed >> 31)
+    }
+
+    /// A number below `bound`; zero if `bound` is.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.next().checked_rem(bound).unwrap_or(0)
+    }
+}
+
+/// A disk in memory. Clones are the same disk.
+#[derive(Clone, Debug)]
+pub struct SimulatedDisk {
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Clone, Debug)]
+struct State {
+    random: Random,
+    /// The power is off: every operation fails.
+    dead: bool,
+    operations: u64,
+    power_off_after: Option<u64>,
+    fail_after: Option<u64>,
+    fail_sync_after: Option<u64>,
+    /// Bytes that still fit.
+    room: Option<u64>,
+    next_file: u64,
+    files: BTreeMap<u64, Content>,
+    /// The names as a running process sees them.
+    names: BTreeMap<PathBuf, Node>,
+    /// The names that survive a power loss for sure.
+    durable: BTreeMap<PathBuf, Node>,
+    /// What lies between the two, in order.
+    unsynced: Vec<Naming>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Node {
+    Folder,
+    File(u64),
+}
+
+#[derive(Clone, Debug)]
+enum Naming {
+    Added { path: PathBuf, node: Node },
+    Renamed { from: PathBuf, to: PathBuf, node: Node },
+    Removed { path: PathBuf, node: Node },
+}
+
+/// One file: as a running process sees it, as it surely survives, and the changes between, in order.
+#[derive(Clone, Debug, Default)]
+struct Content {
+    seen: Vec<u8>,
+    durable: Vec<u8>,
+    unsynced: Vec<Change>,
+}
+
+#[derive(Clone, Debug)]
+enum Change {
+    Written { offset: usize, bytes: Vec<u8> },
+    Length(usize),
+}
+
+/// What becomes of an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Succeeds,
+    /// It fails, and was perhaps half done.
+    Fails,
+    /// The power goes in the middle of it.
+    PowerGoes,
+}
+
+impl Fate {
+    fn result(self) -> io::Result<()> {
+        match self {
+            Self::Succeeds => Ok(()),
+            Self::Fails => Err(io::Error::other("simulated input/output error")),
+            Self::PowerGoes => Err(power_is_off()),
+        }
+    }
+}
+
+fn power_is_off() -> io::Error {
+    io::Error::new(io::ErrorKind::BrokenPipe, "the simulated power is off")
+}
+
+impl SimulatedDisk {
+    /// An empty disk whose losses come from `seed`.
+    pub fn new(seed: u64) -> Self {
+        Self::of(State {
+            random: Random::new(seed),
+            dead: false,
+            operations: 0,
+            power_off_after: None,
+            fail_after: None,
+            fail_sync_after: None,
+            room: None,
+            next_file: 0,
+            files: BTreeMap::new(),
+            names: BTreeMap::new(),
+            durable: BTreeMap::new(),
+            unsynced: Vec::new(),
+        })
+    }
+
+    fn of(state: State) -> Self {
+        Self { state: Arc::new(Mutex::new(state)) }
+    }
+
+    /// Operations so far, reads included: what [`SimulatedDisk::power_off_after`] counts.
+    pub fn operations(&self) -> u64 {
+        lock(&self.state).operations
+    }
+
+    /// Lets `operations` more succeed; the power goes in the middle of the one after them, and every later one fails.
+    pub fn power_off_after(&self, operations: u64) {
+        lock(&self.state).power_off_after = Some(operations);
+    }
+
+    /// Lets `operations` more succeed and fails the one after them, once. A write that fails is perhaps half done; for a
+    /// sync see [`SimulatedDisk::fail_sync_after`].
+    pub fn fail_after(&self, operations: u64) {
+        lock(&self.state).fail_after = Some(operations);
+    }
+
+    /// Lets `syncs` more succeed and fails the one after them, once. Any part of what it was to make durable is gone for
+    /// ever, although reads still show it and the next sync succeeds.
+    pub fn fail_sync_after(&self, syncs: u64) {
+        lock(&self.state).fail_sync_after = Some(syncs);
+    }
+
+    /// Lets that many more bytes fit; the write that does not is done in part. `None`: as much as you like.
+    /// With no byte left no file can be made either. Cutting and removing give bytes back.
+    pub fn set_room(&self, bytes: Option<u64>) {
+        lock(&self.state).room = bytes;
+    }
+
+    /// The disk as it is found when the power comes back. Files still open on this one only give errors.
+    #[must_use]
+    pub fn crash(&self) -> Self {
+        let mut found = self.take_over();
+        let State { random, files, durable, unsynced, names, .. } = &mut found;
+        for content in files.values_mut() {
+            content.lose(random);
+        }
+        let odds = random.below(5);
+        for change in unsynced.drain(..) {
+            if random.below(4) < odds {
+                change.apply(durable);
+            }
+        }
+        let folders: Vec<PathBuf> =
+            durable.iter().filter(|(_, node)| **node == Node::Folder).map(|(path, _)| path.clone()).collect();
+        durable.retain(|path, _| {
+            path.ancestors().skip(1).all(|above| is_root(above) || folders.iter().any(|f| f == above))
+        });
+        names.clone_from(durable);
+        Self::of(found)
+    }
+
+    /// The disk as the next process finds it after `kill -9`: nothing is lost, but nothing more became durable.
+    #[must_use]
+    pub fn kill(&self) -> Self {
+        Self::of(self.take_over())
+    }
+
+    /// Puts a file there, durable, whatever was there before; its folders too.
+    pub fn install(&self, path: &Path, bytes: &[u8]) {
+        let mut state = lock(&self.state);
+        for above in path.ancestors().skip(1).filter(|above| !is_root(above)) {
+            state.names.insert(above.to_owned(), Node::Folder);
+            state.durable.insert(above.to_owned(), Node::Folder);
+        }
+        let node = state.add_file();
+        if let Node::File(id) = node {
+            state.files.insert(id, Content { seen: bytes.to_vec(), durable: bytes.to_vec(), unsynced: Vec::new() });
+        }
+        state.names.insert(path.to_owned(), node);
+        state.durable.insert(path.to_owned(), node);
+    }
+
+    /// The state, for the disk that goes on from this one, which is switched off.
+    fn take_over(&self) -> State {
+        let mut state = lock(&self.state);
+        let mut next = state.clone();
+        state.dead = true;
+        next.dead = false;
+        next.power_off_after = None;
+        next.fail_after = None;
+        next.fail_sync_after = None;
+        next.random = Random::new(state.random.next());
+        next
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn is_root(path: &Path) -> bool {
+    path.parent().is_none()
+}
+
+impl State {
+    /// Counts an operation and says what becomes of it.
+    fn begin(&mut self) -> io::Result<Fate> {
+        if self.dead {
+            return Err(power_is_off());
+        }
+        self.operations += 1;
+        if count_down(&mut self.power_off_after) {
+            self.dead = true;
+            return Ok(Fate::PowerGoes);
+        }
+        Ok(if count_down(&mut self.fail_after) { Fate::Fails } else { Fate::Succeeds })
+    }
+
+    fn begin_sync(&mut self) -> io::Result<Fate> {
+        let fate = self.begin()?;
+        let fails = fate != Fate::PowerGoes && count_down(&mut self.fail_sync_after);
+        Ok(if fails { Fate::Fails } else { fate })
+    }
+
+    fn file(&self, path: &Path) -> io::Result<u64> {
+        match self.names.get(path) {
+            Some(Node::File(id)) => Ok(*id),
+            Some(Node::Folder) => Err(io::ErrorKind::IsADirectory.into()),
+            None => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+
+    fn content(&mut self, id: u64) -> &mut Content {
+        self.files.entry(id).or_default()
+    }
+
+    fn seen(&self, path: &Path) -> io::Result<&[u8]> {
+        Ok(self.files.get(&self.file(path)?).map_or(&[], |content| content.seen.as_slice()))
+    }
+
+    fn check_folder(&self, path: &Path) -> io::Result<()> {
+        match self.names.get(path) {
+            _ if is_root(path) => Ok(()),
+            Some(Node::Folder) => Ok(()),
+            Some(Node::File(_)) => Err(io::ErrorKind::NotADirectory.into()),
+            None => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+
+    fn add_file(&mut self) -> Node {
+        self.next_file += 1;
+        self.files.insert(self.next_file, Content::default());
+        Node::File(self.next_file)
+    }
+
+    fn name(&mut self, change: Naming) {
+        change.apply(&mut self.names);
+        self.unsynced.push(change);
+    }
+
+    fn give_room(&mut self, bytes: usize) {
+        if let Some(room) = &mut self.room {
+            *room += bytes as u64;
+        }
+    }
+
+    fn set_len(&mut self, id: u64, length: usize) {
+        let content = self.content(id);
+        let before = content.seen.len();
+        content.change(Change::Length(length));
+        self.give_room(before.saturating_sub(length));
+    }
+
+    fn sync_names(&mut self, folder: &Path, fate: Fate) {
+        for change in std::mem::take(&mut self.unsynced) {
+            if !change.is_in(folder) {
+                self.unsynced.push(change);
+            } else if fate == Fate::Succeeds || self.random.below(2) == 0 {
+                change.apply(&mut self.durable);
+            }
+        }
+    }
+}
+
+/// Whether this was the one to fail.
+fn count_down(left: &mut Option<u64>) -> bool {
+    match left {
+        Some(0) => {
+            *left = None;
+            true
+        }
+        Some(more) => {
+            *more -= 1;
+            false
+        }
+        None => false,
+    }
+}
+
+impl Naming {
+    fn apply(&self, names: &mut BTreeMap<PathBuf, Node>) {
+        match self {
+            Self::Added { path, node } => {
+                names.insert(path.clone(), *node);
+            }
+            Self::Renamed { from, to, node } => {
+                if names.get(from) == Some(node) {
+                    names.remove(from);
+                }
+                names.insert(to.clone(), *node);
+            }
+            Self::Removed { path, node } => {
+                if names.get(path) == Some(node) {
+                    names.remove(path);
+                }
+            }
+        }
+    }
+
+    fn is_in(&self, folder: &Path) -> bool {
+        let within = |path: &Path| path.parent() == Some(folder);
+        match self {
+            Self::Added { path, .. } | Self::Removed { path, .. } => within(path),
+            Self::Renamed { from, to, .. } => within(from) || within(to),
+        }
+    }
+}
+
+impl Content {
+    fn change(&mut self, change: Change) {
+        change.apply(&mut self.seen, |_| true);
+        self.unsynced.push(change);
+    }
+
+    fn sync(&mut self) {
+        for change in self.unsynced.drain(..) {
+            change.apply(&mut self.durable, |_| true);
+        }
+    }
+
+    /// A failed sync: some sectors reach the disk, the others never will.
+    fn sync_in_part(&mut self, random: &mut Random) {
+        let odds = random.below(5);
+        for change in self.unsynced.drain(..) {
+            change.apply(&mut self.durable, |_| random.below(4) < odds);
+        }
+    }
+
+    /// A power loss: some sectors had reached the disk, and that is all there is.
+    fn lose(&mut self, random: &mut Random) {
+        self.sync_in_part(random);
+        self.seen.clone_from(&self.durable);
+    }
+}
+
+impl Change {
+    /// Changes the parts that `keep` says, asked once per sector and once for a length.
+    fn apply(&self, to: &mut Vec<u8>, mut keep: impl FnMut(usize) -> bool) {
+        match self {
+            Self::Length(length) => {
+                if keep(0) {
+                    to.resize(*length, 0);
+                }
+            }
+            Self::Written { offset, bytes } => {
+                let mut done = 0;
+                while done < bytes.len() {
+                    let at = offset + done;
+                    let next = bytes.len().min((at / SECTOR + 1) * SECTOR - offset);
+                    if keep(at / SECTOR) {
+                        if to.len() < offset + next {
+                            to.resize(offset + next, 0);
+                        }
+                        to[at..offset + next].copy_from_slice(&bytes[done..next]);
+                    }
+                    done = next;
+                }
+            }
+        }
+    }
+}
+
+/// A file open on the simulated disk.
+#[derive(Debug)]
+struct SimulatedFile {
+    state: Arc<Mutex<State>>,
+    id: u64,
+}
+
+impl Write for SimulatedFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut state = lock(&self.state);
+        let fate = state.begin()?;
+        let mut length = bytes.len();
+        if fate != Fate::Succeeds {
+            length = usize::try_from(state.random.below(length as u64 + 1)).unwrap_or(length);
+        }
+        if let Some(room) = &mut state.room {
+            length = length.min(usize::try_from(*room).unwrap_or(usize::MAX));
+            *room -= length as u64;
+            if fate == Fate::Succeeds && length == 0 && !bytes.is_empty() {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+        }
+        let content = state.content(self.id);
+        content.change(Change::Written { offset: content.seen.len(), bytes: bytes[..length].to_vec() });
+        fate.result().map(|()| length)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl DiskFile for SimulatedFile {
+    fn sync_data(&mut self) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        let fate = state.begin_sync()?;
+        let mut random = state.random.clone();
+        match fate {
+            Fate::Succeeds => state.content(self.id).sync(),
+            Fate::Fails => state.content(self.id).sync_in_part(&mut random),
+            // The loss itself decides.
+            Fate::PowerGoes => {}
+        }
+        state.random = random;
+        fate.result()
+    }
+
+    fn sync_all(&mut self) -> io::Result<()> {
+        self.sync_data()
+    }
+
+    fn set_len(&mut self, length: u64) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        let fate = state.begin()?;
+        if fate != Fate::Fails {
+            let length = usize::try_from(length).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
+            state.set_len(self.id, length);
+        }
+        fate.result()
+    }
+}
+
+impl Disk for SimulatedDisk {
+    fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        let mut state = lock(&self.state);
+        let fate = state.begin()?;
+        state.check_folder(path.parent().unwrap_or(Path::new("")))?;
+        let id = match state.file(path) {
+            _ if fate == Fate::Fails => 0,
+            Ok(id) => {
+                state.set_len(id, 0);
+                id
+            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Err(_) if state.room == Some(0) => return Err(io::ErrorKind::StorageFull.into()),
+            Err(_) => {
+                let node = state.add_file();
+                state.name(Naming::Added { path: path.to_owned(), node });
+                state.file(path)?
+            }
+        };
+        fate.result()?;
+        Ok(Box::new(SimulatedFile { state: self.state.clone(), id }))
+    }
+
+    fn append(&self, path: &Path) -> io::Result<(Box<dyn DiskFile>, u64)> {
+        let mut state = lock(&self.state);
+        state.begin()?.result()?;
+        let id = state.file(path)?;
+        let length = state.seen(path)?.len() as u64;
+        Ok((Box::new(SimulatedFile { state: self.state.clone(), id }), length))
+    }
+
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        self.read_range(path, 0, usize::MAX)
+    }
+
+    fn read_range(&self, path: &Path, offset: u64, length: usize) -> io::Result<Vec<u8>> {
+        let mut state = lock(&self.state);
+        state.begin()?.result()?;
+        let seen = state.seen(path)?;
+        let from = usize::try_from(offset).unwrap_or(usize::MAX).min(seen.len());
+        let to = from.saturating_add(length).min(seen.len());
+        Ok(seen[from..to].to_vec())
+    }
+
+    fn list(&self, folder: &Path) -> io::Result<Vec<Entry>> {
+        let mut state = lock(&self.state);
+        state.begin()?.result()?;
+        state.check_folder(folder)?;
+        let inside = state.names.iter().filter(|(path, _)| path.parent() == Some(folder));
+        let entry = |(path, node): (&PathBuf, &Node)| {
+            let name = path.file_name()?.to_str()?.to_owned();
+            let length = match node {
+                Node::Folder => 0,
+                Node::File(id) => state.files.get(id).map_or(0, |content| content.seen.len() as u64),
+            };
+            Some(Entry { name, length, folder: *node == Node::Folder })
+        };
+        Ok(inside.filter_map(entry).collect())
+    }
+
+    fn create_folder(&self, folder: &Path) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        let fate = state.begin()?;
+        let mut missing: Vec<&Path> = folder.ancestors().filter(|above| state.check_folder(above).is_err()).collect();
+        while let Some(path) = missing.pop() {
+            if state.names.contains_key(path) {
+                return Err(io::ErrorKind::NotADirectory.into());
+            }
+            if fate != Fate::Fails {
+                state.name(Naming::Added { path: path.to_owned(), node: Node::Folder });
+            }
+            if fate == Fate::Succeeds {
+                state.sync_names(path.parent().unwrap_or(Path::new("")), fate);
+            }
+        }
+        fate.result()
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        let fate = state.begin()?;
+        let node = Node::File(state.file(from)?);
+        state.check_folder(to.parent().unwrap_or(Path::new("")))?;
+        if fate != Fate::Fails {
+            state.name(Naming::Renamed { from: from.to_owned(), to: to.to_owned(), node });
+        }
+        fate.result()
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        let fate = state.begin()?;
+        let id = state.file(path)?;
+        if fate != Fate::Fails {
+            state.name(Naming::Removed { path: path.to_owned(), node: Node::File(id) });
+            let length = state.content(id).seen.len();
+            state.give_room(length);
+        }
+        fate.result()
+    }
+
+    fn exists(&self, path: &Path) -> io::Result<bool> {
+        let mut state = lock(&self.state);
+        state.begin()?.result()?;
+        Ok(is_root(path) || state.names.contains_key(path))
+    }
+
+    fn sync_folder(&self, folder: &Path) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        let fate = state.begin_sync()?;
+        state.check_folder(folder)?;
+        if fate != Fate::PowerGoes {
+            state.sync_names(folder, fate);
+        }
+        fate.result()
+    }
+}

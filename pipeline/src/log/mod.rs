@@ -1,0 +1,607 @@
+//! An append-only log of records on disk: under the inbox of push sources and the outbox of sinks.
+//!
+//! # Layout
+//!
+//! A folder of segments, each a file `<first record, 20 digits>.log`. All numbers are little-endian.
+//!
+//! | segment | bytes | |
+//! | --- | --- | --- |
+//! | magic | 8 | `TAILWLOG` |
+//! | version | u32 | 1 |
+//! | head length | u32 | |
+//! | first lsn | u64 | as in the file name |
+//! | checksum | u32 | CRC-32C of version, head length, first lsn and head |
+//! | head | | what the owner knew when the segment began: see [`Log::commit`] |
+//! | groups | | one per commit, to the end of the file |
+//!
+//! | group | bytes | |
+//! | --- | --- | --- |
+//! | magic | 4 | `F7 'G' 'R' 'P'` |
+//! | body length | u32 | bytes of the records |
+//! | checksum | u32 | CRC-32C of the group's offset in the file (u64), body length, and all that follows here |
+//! | first lsn | u64 | |
+//! | count | u32 | of records, at least 1 |
+//! | synced | u64 | length of this file known to be durable when the group was written |
+//! | records | | |
+//!
+//! | record | bytes | |
+//! | --- | --- | --- |
+//! | kind | u8 | the owner's |
+//! | ingest time | i64 | microseconds since 1970 |
+//! | metadata length | u32 | |
+//! | payload length | u32 | |
+//! | metadata, payload | | |
+//!
+//! Records have consecutive numbers (`lsn`) from 0 on, and a segment follows the one before without a gap.
+//!
+//! # What a crash leaves, and what is damage
+//!
+//! A segment is written under another name, synced and renamed, and the one before it is synced first. So a crash leaves
+//! one thing that is not whole: the last groups of the last segment. [`Log::open`] cuts them off. Anything else is damage to bytes
+//! that were durable: a bad header, a bad group in an older segment, a gap, or a bad group before one whose `synced` reaches
+//! past it. Then the log does not open, because going on would lose records in silence.
+//!
+//! After an error of a sync the log is of no use any more: the operating system may have dropped the bytes and called them
+//! clean, so that a second sync proves nothing. The next start reads what the disk has.
+
+mod cursor;
+mod format;
+mod groups;
+mod recovery;
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+use std::fmt::Debug;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use schemars::JsonSchema;
+use serde::Deserialize;
+use tracing::warn;
+
+pub use self::cursor::Cursor;
+use self::format::{GROUP_BYTES_MAX, GROUP_HEADER, GroupHeader};
+use self::groups::{Groups, Step};
+pub use self::recovery::{Damage, Report, Segment, inspect};
+use self::recovery::{damaged, scan, segment_path};
+use crate::disk::{Disk, DiskFile};
+use crate::error::{Error, Result};
+
+/// Extension of a segment that is being made.
+const DRAFT: &str = "draft";
+
+/// Capacity of the buffer that is kept from one commit to the next, in bytes: a single huge message shall not hold its
+/// memory for ever.
+const KEPT_BUFFER_BYTES: usize = 4 << 20;
+
+/// What a commit waits for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Durability {
+    /// The disk: what was committed survives a power loss.
+    #[default]
+    Power,
+    /// The operating system: what was committed survives the end of the process, `kill -9` too, but not a power loss.
+    Process,
+}
+
+/// How a log is kept.
+#[derive(Clone, Copy, Debug)]
+pub struct LogOptions {
+    /// A segment with more bytes than this is followed by a new one. The unit in which room is given back: 64 MiB.
+    pub segment_bytes: u64,
+    /// What a commit waits for.
+    pub durability: Durability,
+}
+
+impl Default for LogOptions {
+    fn default() -> Self {
+        Self { segment_bytes: 64 << 20, durability: Durability::Power }
+    }
+}
+
+/// What was found when a log was opened.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Opened {
+    /// Whether there was none: it begins now, at record 0.
+    pub created: bool,
+    /// Bytes cut off the end: commits that never came back, because the process or the power ended in them.
+    pub cut_bytes: u64,
+}
+
+/// What the owner put at the start of a segment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// The first record of the segment: the head speaks of all records below.
+    pub lsn: u64,
+    /// The owner's bytes; empty in the first segment of a log.
+    pub bytes: Bytes,
+}
+
+/// One record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// Its number.
+    pub lsn: u64,
+    /// The owner's.
+    pub kind: u8,
+    /// Microseconds since 1970.
+    pub ingest_us: i64,
+    /// The owner's.
+    pub metadata: Bytes,
+    /// The message or row itself.
+    pub payload: Bytes,
+}
+
+/// A log, open for writing. Two on one folder would destroy each other: the owner holds a lock.
+#[derive(Debug)]
+pub struct Log {
+    disk: Arc<dyn Disk>,
+    folder: PathBuf,
+    options: LogOptions,
+    /// Oldest first, never empty; the last one is written to.
+    segments: VecDeque<Kept>,
+    tail: Tail,
+    /// Room for a group's header, and the records not yet committed.
+    buffer: Vec<u8>,
+    buffered: u32,
+    /// All records below are committed. Cursors watch it.
+    end: Arc<AtomicU64>,
+    /// Why nothing can be written any more.
+    poisoned: Option<String>,
+    /// A new segment could not be made the last time, which was logged.
+    rotation_failed: bool,
+}
+
+/// A segment that is there.
+#[derive(Clone, Copy, Debug)]
+struct Kept {
+    first_lsn: u64,
+    bytes: u64,
+}
+
+/// The segment that is written to.
+#[derive(Debug)]
+struct Tail {
+    file: Box<dyn DiskFile>,
+    header_bytes: u64,
+    /// Up to the end of the last whole group.
+    length: u64,
+    /// How much of that is durable.
+    synced: u64,
+    /// Whether a part of a group that could not be written is still to be cut off.
+    cut_needed: bool,
+}
+
+/// Why a segment could not be made.
+enum NotMade {
+    /// Nothing has changed.
+    Unchanged(io::Error),
+    /// It is not known whether it is there.
+    Unknown(io::Error),
+}
+
+impl Log {
+    /// Opens the log in a folder, or begins one, and cuts off what a crash left of its last commits.
+    ///
+    /// Errors: the disk's; and damage to what was durable, with file, byte and what to do. Neither is tried again.
+    pub fn open(disk: Arc<dyn Disk>, folder: &Path, options: LogOptions) -> Result<(Self, Opened)> {
+        let failed = |error: io::Error| Error::outside(format!("log `{}`", folder.display())).because(error).fatal();
+        disk.create_folder(folder).map_err(failed)?;
+        // A process may have been killed between making the folder and syncing it.
+        if let Some(above) = folder.parent() {
+            disk.sync_folder(above).map_err(failed)?;
+        }
+        remove_drafts(&*disk, folder).map_err(failed)?;
+        let mut report = scan(&disk, folder).map_err(failed)?;
+        if let Some(damage) = report.damage.iter().find(|damage| !damage.torn) {
+            return Err(damaged(&damage.path, damage.offset, &damage.what));
+        }
+        let mut opened = Opened::default();
+        let tail = if let Some(last) = report.segments.last_mut() {
+            opened.cut_bytes = last.bytes - last.sound_bytes;
+            if opened.cut_bytes > 0 {
+                let (path, cut) = (last.path.display(), opened.cut_bytes);
+                warn!("`{path}`: its last {cut} bytes are a commit that never came back, they are cut off");
+            }
+            last.bytes = last.sound_bytes;
+            open_tail(&*disk, &last.path, last.header_bytes, last.sound_bytes).map_err(failed)?
+        } else {
+            opened.created = true;
+            let tail = make_segment(&*disk, folder, 0, &[]).map_err(|not_made| failed(not_made.into()))?;
+            report.segments.push(Segment {
+                path: segment_path(folder, 0),
+                first_lsn: 0,
+                next_lsn: 0,
+                bytes: tail.length,
+                sound_bytes: tail.length,
+                header_bytes: tail.length,
+                groups: 0,
+            });
+            tail
+        };
+        let log = Self {
+            segments: report.segments.iter().map(|s| Kept { first_lsn: s.first_lsn, bytes: s.bytes }).collect(),
+            end: Arc::new(AtomicU64::new(report.next_lsn())),
+            disk,
+            folder: folder.to_owned(),
+            options,
+            tail,
+            buffer: vec![0; GROUP_HEADER],
+            buffered: 0,
+            poisoned: None,
+            rotation_failed: false,
+        };
+        Ok((log, opened))
+    }
+
+    /// Buffers a record and says its number. It is in memory only until the next commit: the caller bounds
+    /// [`Log::buffered_bytes`].
+    pub fn append(&mut self, kind: u8, ingest_us: i64, metadata: &[u8], payload: &[u8]) -> u64 {
+        let lsn = self.next_lsn();
+        format::push_record(&mut self.buffer, kind, ingest_us, metadata, payload);
+        self.buffered += 1;
+        lsn
+    }
+
+    /// Bytes that the next commit writes; zero if there is nothing to commit.
+    pub fn buffered_bytes(&self) -> usize {
+        if self.buffered == 0 { 0 } else { self.buffer.len() }
+    }
+
+    /// Makes all buffered records durable and says the number of the next one: all below are.
+    ///
+    /// When the segment is full, a new one begins with what `head` gives: the owner's knowledge of all records so far (for
+    /// an inbox its memory of duplicates), so that older segments can go. Nothing is buffered when it is called, so every
+    /// record it knows of is durable. An owner without such knowledge passes `Vec::new`.
+    ///
+    /// Errors: with [`Retry::BackOff`](crate::error::Retry::BackOff) nothing changed (the disk is full, say) and the records are
+    /// still buffered, more may be appended, and calling this again mends it. With
+    /// [`Retry::Never`](crate::error::Retry::Never) a sync failed: it is not known what the disk holds, and every later
+    /// call fails too.
+    pub fn commit(&mut self, head: impl FnOnce() -> Vec<u8>) -> Result<u64> {
+        self.check_sound()?;
+        if self.buffered > 0 {
+            self.write_group()?;
+        }
+        if self.tail.length - self.tail.header_bytes >= self.options.segment_bytes {
+            self.rotate(&head())?;
+        }
+        Ok(self.committed_lsn())
+    }
+
+    /// Removes the segments whose records are all below `lsn`; never the newest segment. To save room: nothing depends on it.
+    ///
+    /// Errors: the disk's. After a failed sync the log is of no use any more, see [`Log::commit`].
+    pub fn trim(&mut self, lsn: u64) -> Result<()> {
+        self.check_sound()?;
+        while self.segments.get(1).is_some_and(|next| next.first_lsn <= lsn) {
+            let path = segment_path(&self.folder, self.segments[0].first_lsn);
+            self.disk.remove_if_there(&path).map_err(|error| failed(&path, error))?;
+            self.segments.pop_front();
+            // One by one: of several removals a power loss could keep any, and leave a gap.
+            self.sync_folder()?;
+        }
+        Ok(())
+    }
+
+    /// Drops the records from `lsn` on, durably, and those that are buffered. Their numbers will be given again; cursors
+    /// made before are void. After a crash in the middle, more or all of the dropped records may be back: drop them again.
+    ///
+    /// Errors: `lsn` is not between [`Log::first_lsn`] and [`Log::committed_lsn`]; the disk's, after which the log is of no use
+    /// any more. None of them is tried again.
+    pub fn truncate(&mut self, lsn: u64) -> Result<()> {
+        self.check_sound()?;
+        self.check_kept(lsn)?;
+        self.drop_buffered();
+        if lsn == self.committed_lsn() {
+            return Ok(());
+        }
+        // Readers first: they must not look for what is about to go.
+        self.end.store(lsn, Ordering::Release);
+        self.cut(lsn).map_err(|error| self.poison("cutting off its end failed", error))
+    }
+
+    /// A cursor that gives the records from `lsn` on, and goes on with those that are committed later.
+    ///
+    /// Errors: `lsn` is not between [`Log::first_lsn`] and [`Log::committed_lsn`]: a reader that relies on it would miss
+    /// records without knowing.
+    pub fn records_from(&self, lsn: u64) -> Result<Cursor> {
+        self.check_kept(lsn)?;
+        let after = self.segments.partition_point(|segment| segment.first_lsn <= lsn);
+        let segment = self.segments[after.saturating_sub(1)].first_lsn;
+        Ok(Cursor::new(self.disk.clone(), self.folder.clone(), self.end.clone(), lsn, segment))
+    }
+
+    /// The head of the newest segment, read from the disk.
+    pub fn head(&self) -> Result<Head> {
+        let lsn = self.newest().first_lsn;
+        let path = segment_path(&self.folder, lsn);
+        match Groups::open(&self.disk, &path, lsn).map_err(|error| failed(&path, error))? {
+            Ok((_, bytes)) => Ok(Head { lsn, bytes }),
+            Err(what) => Err(damaged(&path, 0, what)),
+        }
+    }
+
+    /// The oldest record that is kept; the next one if there is none.
+    pub fn first_lsn(&self) -> u64 {
+        self.segments.front().map_or(0, |segment| segment.first_lsn)
+    }
+
+    /// The number that the next appended record gets.
+    pub fn next_lsn(&self) -> u64 {
+        self.committed_lsn() + u64::from(self.buffered)
+    }
+
+    /// All records below are committed.
+    pub fn committed_lsn(&self) -> u64 {
+        self.end.load(Ordering::Acquire)
+    }
+
+    /// Bytes of all segments on disk.
+    pub fn bytes(&self) -> u64 {
+        self.segments.iter().map(|segment| segment.bytes).sum()
+    }
+
+    /// The folder it is in.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    fn write_group(&mut self) -> Result<()> {
+        if self.buffer.len() > GROUP_BYTES_MAX {
+            let much = self.buffer.len();
+            return Err(Error::internal(format!("one commit of {much} bytes: at most {GROUP_BYTES_MAX} are allowed")));
+        }
+        let lsn = self.committed_lsn();
+        let path = self.newest_path();
+        let Tail { file, length, synced, cut_needed, .. } = &mut self.tail;
+        if *cut_needed {
+            file.set_len(*length).map_err(|error| failed(&path, error))?;
+            *cut_needed = false;
+        }
+        format::seal(&mut self.buffer, *length, lsn, self.buffered, *synced);
+        if let Err(error) = file.write_all(&self.buffer) {
+            *cut_needed = file.set_len(*length).is_err();
+            return Err(failed(&path, error));
+        }
+        if self.options.durability == Durability::Power
+            && let Err(error) = file.sync_data()
+        {
+            return Err(self.poison("a sync failed", error));
+        }
+        let tail = &mut self.tail;
+        tail.length += self.buffer.len() as u64;
+        if self.options.durability == Durability::Power {
+            tail.synced = tail.length;
+        }
+        let length = tail.length;
+        self.newest_mut().bytes = length;
+        let next = lsn + u64::from(self.buffered);
+        self.drop_buffered();
+        self.end.store(next, Ordering::Release);
+        Ok(())
+    }
+
+    /// Begins a new segment. If it cannot be made the old one goes on: its records are safe, so that is no error.
+    fn rotate(&mut self, head: &[u8]) -> Result<()> {
+        if head.len() > GROUP_BYTES_MAX {
+            let much = head.len();
+            return Err(Error::internal(format!("a head of {much} bytes: at most {GROUP_BYTES_MAX} are allowed")));
+        }
+        // Only the last segment may end torn.
+        if self.tail.synced < self.tail.length {
+            if let Err(error) = self.tail.file.sync_data() {
+                return Err(self.poison("a sync failed", error));
+            }
+            self.tail.synced = self.tail.length;
+        }
+        let lsn = self.committed_lsn();
+        match make_segment(&*self.disk, &self.folder, lsn, head) {
+            Ok(tail) => {
+                self.segments.push_back(Kept { first_lsn: lsn, bytes: tail.length });
+                self.tail = tail;
+                self.rotation_failed = false;
+                Ok(())
+            }
+            Err(NotMade::Unchanged(error)) => {
+                if !self.rotation_failed {
+                    warn!("log `{}`: no new segment could be made, the old one grows: {error}", self.folder.display());
+                }
+                self.rotation_failed = true;
+                Ok(())
+            }
+            Err(NotMade::Unknown(error)) => Err(self.poison("a new segment may or may not be there", error)),
+        }
+    }
+
+    /// Removes the segments from `lsn` on and cuts the one that holds it.
+    fn cut(&mut self, lsn: u64) -> io::Result<()> {
+        while self.segments.len() > 1 && self.newest().first_lsn >= lsn {
+            self.disk.remove_if_there(&self.newest_path())?;
+            // One by one, the newest first: of several removals a power loss could keep any, and leave a gap.
+            self.disk.sync_folder(&self.folder)?;
+            self.segments.pop_back();
+        }
+        let Kept { first_lsn, .. } = *self.newest();
+        let path = self.newest_path();
+        let place = find_place(&self.disk, &path, first_lsn, lsn)?;
+        let length = if let Some(group) = place.shortened {
+            // A shorter group written over the longer one could be torn by a crash: records below `lsn` would be lost.
+            let mut bytes = self.disk.read_range(&path, 0, usize::try_from(place.offset).unwrap_or(usize::MAX))?;
+            bytes.extend_from_slice(&group);
+            write_file(&*self.disk, &self.folder, &path, &bytes)?;
+            bytes.len() as u64
+        } else {
+            place.offset
+        };
+        self.tail = open_tail(&*self.disk, &path, place.header_bytes, length)?;
+        self.newest_mut().bytes = length;
+        Ok(())
+    }
+
+    fn check_sound(&self) -> Result<()> {
+        match &self.poisoned {
+            None => Ok(()),
+            Some(why) => Err(Error::outside(format!(
+                "log `{}`: {why}. What the disk holds is not known any more; check the disk and start again",
+                self.folder.display()
+            ))
+            .fatal()),
+        }
+    }
+
+    fn check_kept(&self, lsn: u64) -> Result<()> {
+        let (first, end) = (self.first_lsn(), self.committed_lsn());
+        if (first..=end).contains(&lsn) {
+            return Ok(());
+        }
+        let told = format!(
+            "log `{}` holds the records from {first} to {end}, but {lsn} is where it should go on: \
+             files of it were removed, or it and the checkpoints are of different times",
+            self.folder.display()
+        );
+        Err(Error::outside(told).fatal())
+    }
+
+    /// From now on nothing can be written.
+    fn poison(&mut self, what: &str, error: io::Error) -> Error {
+        let why = format!("{what} ({error})");
+        let told = format!("log `{}`: {why}. What the disk holds is not known any more", self.folder.display());
+        self.poisoned = Some(why);
+        Error::outside(told).because(error).fatal()
+    }
+
+    fn sync_folder(&mut self) -> Result<()> {
+        match self.disk.sync_folder(&self.folder) {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.poison("a sync of its folder failed", error)),
+        }
+    }
+
+    fn newest(&self) -> &Kept {
+        &self.segments[self.segments.len() - 1]
+    }
+
+    fn newest_mut(&mut self) -> &mut Kept {
+        let last = self.segments.len() - 1;
+        &mut self.segments[last]
+    }
+
+    fn newest_path(&self) -> PathBuf {
+        segment_path(&self.folder, self.newest().first_lsn)
+    }
+
+    fn drop_buffered(&mut self) {
+        self.buffer.truncate(GROUP_HEADER);
+        self.buffer.shrink_to(KEPT_BUFFER_BYTES);
+        self.buffered = 0;
+    }
+}
+
+impl From<NotMade> for io::Error {
+    fn from(not_made: NotMade) -> Self {
+        match not_made {
+            NotMade::Unchanged(error) | NotMade::Unknown(error) => error,
+        }
+    }
+}
+
+/// Where a segment is to be cut.
+struct Place {
+    header_bytes: u64,
+    /// Up to here everything is kept.
+    offset: u64,
+    /// The group that takes the place of the one at `offset`, if the cut goes through it.
+    shortened: Option<Vec<u8>>,
+}
+
+/// Where the records of a segment that are below `lsn` end.
+fn find_place(disk: &Arc<dyn Disk>, path: &Path, first_lsn: u64, lsn: u64) -> io::Result<Place> {
+    let bad = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
+    let (mut groups, _head) = Groups::open(disk, path, first_lsn)?.map_err(bad)?;
+    let header_bytes = groups.offset();
+    let mut next = first_lsn;
+    while next < lsn {
+        let Step::Group { offset, header, bytes } = groups.step(next)? else {
+            return Err(bad("a committed group is missing"));
+        };
+        next += u64::from(header.count);
+        if next > lsn {
+            let count = header.count - (next - lsn) as u32;
+            let shortened = shorten(&bytes, offset, &header, count).ok_or_else(|| bad("a record does not fit"))?;
+            return Ok(Place { header_bytes, offset, shortened: Some(shortened) });
+        }
+    }
+    Ok(Place { header_bytes, offset: groups.offset(), shortened: None })
+}
+
+/// A group with the first `count` of its records.
+fn shorten(group: &[u8], offset: u64, header: &GroupHeader, count: u32) -> Option<Vec<u8>> {
+    let mut length = GROUP_HEADER;
+    for _ in 0..count {
+        length += format::record_length(&group[length..])?;
+    }
+    let mut group = group[..length].to_vec();
+    format::seal(&mut group, offset, header.first_lsn, count, header.synced);
+    Some(group)
+}
+
+fn failed(path: &Path, error: io::Error) -> Error {
+    Error::outside(format!("`{}`", path.display())).because(error)
+}
+
+/// Removes what a process that was killed had begun to make.
+fn remove_drafts(disk: &dyn Disk, folder: &Path) -> io::Result<()> {
+    for entry in disk.list(folder)? {
+        let path = folder.join(&entry.name);
+        if !entry.folder && path.extension().is_some_and(|extension| extension == DRAFT) {
+            disk.remove_if_there(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Opens the newest segment to go on at `length`; what lies behind goes.
+fn open_tail(disk: &dyn Disk, path: &Path, header_bytes: u64, length: u64) -> io::Result<Tail> {
+    let (mut file, found) = disk.append(path)?;
+    if found != length {
+        file.set_len(length)?;
+    }
+    // The cut must not be undone once there are new groups; and what a killed process wrote, or named, without
+    // syncing it is about to be believed in.
+    file.sync_all()?;
+    disk.sync_folder(path.parent().unwrap_or(Path::new("")))?;
+    Ok(Tail { file, header_bytes, length, synced: length, cut_needed: false })
+}
+
+/// A new segment without groups, durable.
+fn make_segment(disk: &dyn Disk, folder: &Path, first_lsn: u64, head: &[u8]) -> Result<Tail, NotMade> {
+    let header = format::segment_header(first_lsn, head);
+    let file = write_file(disk, folder, &segment_path(folder, first_lsn), &header)?;
+    let length = header.len() as u64;
+    Ok(Tail { file, header_bytes: length, length, synced: length, cut_needed: false })
+}
+
+/// A file that is there as a whole or not at all, whatever happens.
+fn write_file(disk: &dyn Disk, folder: &Path, path: &Path, bytes: &[u8]) -> Result<Box<dyn DiskFile>, NotMade> {
+    let draft = path.with_extension(DRAFT);
+    let write = || {
+        let mut file = disk.create(&draft)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        Ok(file)
+    };
+    let renamed = write().and_then(|file| disk.rename(&draft, path).map(|()| file));
+    let file = renamed.map_err(|error| {
+        // On a full disk it would only take room. If it stays: the next start removes it.
+        let _ = disk.remove_if_there(&draft);
+        NotMade::Unchanged(error)
+    })?;
+    disk.sync_folder(folder).map_err(NotMade::Unknown)?;
+    Ok(file)
+}
