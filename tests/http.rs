@@ -9,7 +9,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use pipeline::config::{CheckContext, Problems, deserialize, tree};
 use pipeline::http::{Request, Routes};
-use pipeline::plugin::{Acknowledger, PushReader, Reader, Source, SourceConfig, SourceContext};
+use pipeline::plugin::{Acknowledger, PushReader, Reader, Rejection, Source, SourceConfig, SourceContext};
 use pipeline::status::Status;
 use sources::http::HttpConfig;
 use tokio::task::JoinHandle;
@@ -174,7 +174,7 @@ async fn what_is_not_accepted_is_answered_to_be_sent_again() {
     let rejected = post(served.address, JSON, r#"[{"x":1},{"x":2}]"#);
     let tokens: Vec<u64> = reader.next().await.expect("records").iter().map(|record| record.token).collect();
     acknowledger.acknowledge(&tokens[..1]).await.expect("an acknowledgement");
-    acknowledger.reject(&tokens[1..]).await.expect("a rejection");
+    acknowledger.reject(&tokens[1..], &Rejection::Failed).await.expect("a rejection");
     assert_eq!(rejected.await.expect("an answer").0, 503);
 
     let lost = post(served.address, JSON, r#"{"x":3}"#);

@@ -10,6 +10,7 @@ use super::problems::{Position, Problems, did_you_mean};
 use super::tree::{Key, Node, Value};
 use super::values::{At, Duration};
 use super::{deserialize, environment, tree};
+use crate::log::Durability;
 
 /// Default of `server.listen`: this machine only, because there is no authentication yet.
 pub const LISTEN: &str = "127.0.0.1:8080";
@@ -43,6 +44,9 @@ pub struct CheckpointConfig {
     /// Folder of the state, counted from the YAML file's folder. Default `state`.
     #[serde(default = "default_dir")]
     pub dir: String,
+    /// What acknowledged rows outlive. Default `power`: a power cut, for one sync of the disk per group of rows.
+    #[serde(default)]
+    pub durability: Durability,
 }
 
 fn default_every() -> At<Duration> {
@@ -55,7 +59,7 @@ fn default_dir() -> String {
 
 impl Default for CheckpointConfig {
     fn default() -> Self {
-        Self { every: default_every(), dir: default_dir() }
+        Self { every: default_every(), dir: default_dir(), durability: Durability::default() }
     }
 }
 

@@ -57,6 +57,7 @@ pub fn check(file: &Pipelines, plugins: &Plugins, problems: &mut Problems) -> Op
         listen: file.server.listen.value.clone(),
         checkpoint_every: file.checkpoint.every.value,
         state_dir: file.folder.join(&file.checkpoint.dir),
+        durability: file.checkpoint.durability,
         sources: sources.into_iter().collect::<Option<_>>()?,
         pipelines: pipelines.into_iter().map(|p| p.pipeline).collect::<Option<_>>()?,
         sinks: sinks.into_iter().collect::<Option<_>>()?,

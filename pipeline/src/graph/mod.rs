@@ -14,6 +14,7 @@ use arrow::datatypes::SchemaRef;
 pub use check::{ERRORS_SUFFIX, check};
 
 use crate::config::Duration;
+use crate::log::Durability;
 use crate::plugin::sink::AnySink;
 use crate::plugin::source::AnySource;
 use crate::plugin::{Operator, SinkInput, SinkShape, SourceShape, StreamShape};
@@ -29,6 +30,8 @@ pub struct Graph {
     pub checkpoint_every: Duration,
     /// Folder of the state.
     pub state_dir: PathBuf,
+    /// What acknowledged rows outlive.
+    pub durability: Durability,
     /// Sources in file order.
     pub sources: Vec<GraphSource>,
     /// Pipelines, each after those that it reads.

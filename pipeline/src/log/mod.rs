@@ -306,6 +306,20 @@ impl Log {
         self.cut(lsn).map_err(|error| self.poison("cutting off its end failed", error))
     }
 
+    /// Begins anew with record `lsn`, beyond the last one: the owner knows of records that are not here, and needs none of
+    /// those that are. Cursors made before are void. After a crash in the middle, some are still here: call it again.
+    ///
+    /// Errors: `lsn` is below [`Log::committed_lsn`]; the disk's, after which the log is of no use any more. Neither is tried
+    /// again.
+    pub fn skip_to(&mut self, lsn: u64) -> Result<()> {
+        self.check_sound()?;
+        if lsn < self.committed_lsn() {
+            return Err(Error::internal(format!("log `{}`: no way back to record {lsn}", self.folder.display())));
+        }
+        self.drop_buffered();
+        self.begin_anew(lsn).map_err(|error| self.poison("beginning it anew failed", error))
+    }
+
     /// A cursor that gives the records from `lsn` on, and goes on with those that are committed later.
     ///
     /// Errors: `lsn` is not between [`Log::first_lsn`] and [`Log::committed_lsn`]: a reader that relies on it would miss
@@ -417,6 +431,18 @@ impl Log {
             }
             Err(NotMade::Unknown(error)) => Err(self.poison("a new segment may or may not be there", error)),
         }
+    }
+
+    fn begin_anew(&mut self, lsn: u64) -> io::Result<()> {
+        // The newest first, each removal durable: what a crash leaves has no gap.
+        for segment in self.segments.iter().rev() {
+            self.disk.remove_if_there(&segment_path(&self.folder, segment.first_lsn))?;
+            self.disk.sync_folder(&self.folder)?;
+        }
+        self.tail = make_segment(&*self.disk, &self.folder, lsn, &[])?;
+        self.segments = VecDeque::from([Kept { first_lsn: lsn, bytes: self.tail.length }]);
+        self.end.store(lsn, Ordering::Release);
+        Ok(())
     }
 
     /// Removes the segments from `lsn` on and cuts the one that holds it.

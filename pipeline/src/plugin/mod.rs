@@ -29,6 +29,6 @@ pub use sink::{
     SinkShape, StagingSink,
 };
 pub use source::{
-    Acknowledger, Decoded, Decoder, Delivery, PullReader, Pulled, PushReader, Reader, Record, RowError, Schedule,
-    Source, SourceConfig, SourceContext, SourcePlugin, SourceShape,
+    Acknowledger, Decoded, Decoder, Delivery, PullReader, Pulled, PushReader, Reader, Receipt, Receipts, Record,
+    Rejection, RowError, Schedule, Source, SourceConfig, SourceContext, SourcePlugin, SourceShape,
 };

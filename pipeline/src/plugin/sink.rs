@@ -138,9 +138,18 @@ pub trait OutboxSink: Send {
     /// Connects; called again with back-off after a failure. Cancel safe.
     async fn connect(&mut self) -> Result<()>;
 
-    /// Delivers one chunk of rows of one input, at most [`BatchLimits::rows`]. May be called again with the
-    /// same `id` after a failure: at least once, and exactly once where the other side can tell by `id`.
-    /// An error with `Retry::BackOff` makes the engine reconnect and deliver again; one with `Retry::Never`
+    /// Whether the other side keeps the `id` of the last delivery together with its rows, and so takes each row exactly
+    /// once. Then only rows of a durable checkpoint are delivered, which come again under the same numbers. Default: no,
+    /// at least once; rows are delivered at once.
+    fn is_exactly_once(&self) -> bool {
+        false
+    }
+
+    /// Delivers one chunk of rows of one input, at most [`BatchLimits::rows`].
+    ///
+    /// `id` counts the rows of the input, up to and with the last one of these; it only grows. After a failure the same
+    /// rows come again under the same `id`; after a restart they may be cut differently, so that the first of them are
+    /// known to the other side and the rest is not. An error with `Retry::BackOff` makes the engine reconnect and deliver again; one with `Retry::Never`
     /// counts the rows as failed and goes on.
     async fn deliver(&mut self, input: usize, rows: &RecordBatch, id: u64) -> Result<()>;
 }

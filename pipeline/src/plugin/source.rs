@@ -5,8 +5,9 @@
 //! - **Pull** (SQL, files, polls): the engine asks for the next rows and notes the position after them. The
 //!   position is in the checkpoint; after a restart the source goes on from there.
 //! - **Push** (MQTT, HTTP): records arrive by themselves, each with an acknowledgement token. The engine
-//!   stamps the time of receipt, accepts the records, and then acknowledges them in the order of receipt.
-//!   [`Decoder::decode`] is apart and pure, so that records can be decoded again after a restart.
+//!   stamps the time of receipt, writes the records to the inbox on disk, and acknowledges them in the order of
+//!   receipt once they are there. [`Decoder::decode`] is apart and pure: after a restart the records that no
+//!   checkpoint covers are decoded again. [`Receipts`] tell a record that comes again from a new one.
 //!
 //! The reader runs in a task of its own, so a pending [`PullReader::next`] or [`PushReader::next`] is not
 //! disturbed by checkpoints. It is dropped only at stop, or when the engine reconnects.
@@ -28,6 +29,7 @@ use crate::config::tree::Node;
 use crate::config::{CheckContext, Fields, deserialize};
 use crate::error::{Error, Result};
 use crate::http::Routes;
+use crate::state::{StateReader, StateWriter};
 use crate::status::Status;
 
 /// The configuration of a source: the YAML block without `type`, `event_time`, `errors` and `on_demand`,
@@ -49,6 +51,11 @@ pub trait SourceConfig: DeserializeOwned + JsonSchema + Send + Sync + Sized + 's
 
     /// Decodes the records of a push source. Pull sources keep the default.
     fn decoder(&self) -> Option<Box<dyn Decoder>> {
+        None
+    }
+
+    /// Tells the records of a push source that come again. Default: each record is a new one.
+    fn receipts(&self) -> Option<Box<dyn Receipts>> {
         None
     }
 
@@ -82,7 +89,7 @@ pub struct SourceShape {
 pub enum Delivery {
     /// Read again from the position in the checkpoint: nothing lost, nothing twice.
     Replayable,
-    /// Acknowledged to the sender after receipt; unacknowledged records come again.
+    /// Acknowledged to the sender once they are on disk; unacknowledged records come again.
     Acknowledged,
     /// Rows sent while nobody reads are lost.
     BestEffort,
@@ -95,7 +102,9 @@ impl Delivery {
     pub fn sentence(self) -> &'static str {
         match self {
             Self::Replayable => "read again from the position in the checkpoint",
-            Self::Acknowledged => "acknowledged to the sender after receipt; what was not acknowledged comes again",
+            Self::Acknowledged => {
+                "acknowledged to the sender once they are on disk; what was not acknowledged comes again"
+            }
             Self::BestEffort => "best effort: rows sent while the process is away are lost",
             Self::Sampled => "a sample of the state at each poll",
         }
@@ -198,14 +207,50 @@ pub struct Record {
 /// Confirms records to their sender.
 #[async_trait]
 pub trait Acknowledger: Send {
-    /// The engine has accepted these records; called in the order of receipt, never for records of an
-    /// earlier connection. An error makes the engine reconnect.
+    /// These records are on disk (of a source whose [`Delivery`] is not `Acknowledged`: in the graph). Called in the
+    /// order of receipt, never for records of an earlier connection. An error makes the engine reconnect.
     async fn acknowledge(&mut self, tokens: &[u64]) -> Result<()>;
 
-    /// The engine could not accept these records (the decoder failed as a whole). They are not confirmed.
-    async fn reject(&mut self, _tokens: &[u64]) -> Result<()> {
+    /// The engine could not accept these records, because the decoder failed as a whole or [`Receipts`] refused them.
+    /// They are not confirmed.
+    async fn reject(&mut self, _tokens: &[u64], _reason: &Rejection) -> Result<()> {
         Ok(())
     }
+}
+
+/// Why records were not accepted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Rejection {
+    /// The source cannot take records any more.
+    Failed,
+    /// [`Receipt::Refused`], with its reason.
+    Refused(String),
+}
+
+/// What a source remembers of the records that it has received, so that none that is sent again counts twice.
+///
+/// Pure and deterministic: told of the same records in the same order, it is the same memory. It is kept with the
+/// inbox and survives a restart.
+pub trait Receipts: Send {
+    /// Notes a record, received at `ingest_us` (microseconds since 1970), unless it was received before.
+    fn receive(&mut self, record: &Record, ingest_us: i64) -> Receipt;
+
+    /// The whole memory, for a restart.
+    fn snapshot(&self, state: &mut StateWriter);
+
+    /// Takes over what [`Self::snapshot`] wrote.
+    fn restore(&mut self, state: &mut StateReader<'_>) -> Result<()>;
+}
+
+/// What [`Receipts`] say of a record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Receipt {
+    /// Not seen before.
+    New,
+    /// Received before: to be acknowledged, but not to be counted again.
+    Repeated,
+    /// Contradicts one that was received before; the reason is for its sender.
+    Refused(String),
 }
 
 /// Turns records into rows. Pure and deterministic: the same records give the same rows.
@@ -254,6 +299,8 @@ pub trait AnySource: Send + Sync {
     fn build(&self, cx: SourceContext) -> Result<Box<dyn Source>>;
     /// See [`SourceConfig::decoder`].
     fn decoder(&self) -> Option<Box<dyn Decoder>>;
+    /// See [`SourceConfig::receipts`].
+    fn receipts(&self) -> Option<Box<dyn Receipts>>;
     /// See [`SourceConfig::discover`].
     fn discover(&self, cx: SourceContext) -> BoxFuture<'_, Result<Fields>>;
 }
@@ -267,6 +314,9 @@ impl<T: SourceConfig> AnySource for T {
     }
     fn decoder(&self) -> Option<Box<dyn Decoder>> {
         SourceConfig::decoder(self)
+    }
+    fn receipts(&self) -> Option<Box<dyn Receipts>> {
+        SourceConfig::receipts(self)
     }
     fn discover(&self, cx: SourceContext) -> BoxFuture<'_, Result<Fields>> {
         SourceConfig::discover(self, cx)

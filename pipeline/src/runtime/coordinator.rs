@@ -25,6 +25,16 @@ pub(crate) enum Control {
     Barrier(Barrier),
     /// Let event time reach its end, so that all windows close.
     Close,
+    /// Checkpoints with smaller numbers than this are gone.
+    Kept(u64),
+}
+
+/// A checkpoint is durable: what it names may be published.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Commit {
+    pub(crate) checkpoint: u64,
+    /// The oldest checkpoint that a start could still go on from.
+    pub(crate) oldest_kept: u64,
 }
 
 /// What nodes tell the coordinator. Nodes are named by their key, such as `sink/history`.
@@ -38,6 +48,8 @@ pub(crate) enum Report {
     SourceEnded(String),
     /// A source has failed for good.
     SourceFailed(String),
+    /// The node can no longer keep its promise: no checkpoint may follow.
+    Lost(String, Error),
     /// The node's task has panicked, with this message.
     Died(String, String),
 }
@@ -61,9 +73,9 @@ pub(crate) struct Coordinator {
     pub(crate) next: u64,
     pub(crate) controls: Vec<mpsc::Sender<Control>>,
     /// The sinks that publish what a checkpoint names.
-    pub(crate) commits: BTreeMap<String, mpsc::Sender<u64>>,
+    pub(crate) commits: BTreeMap<String, mpsc::Sender<Commit>>,
     /// The other sinks end when these are dropped.
-    pub(crate) _others: Vec<mpsc::Sender<u64>>,
+    pub(crate) _others: Vec<mpsc::Sender<Commit>>,
     pub(crate) outboxes: Vec<Arc<Outbox>>,
     pub(crate) reports: mpsc::Receiver<Report>,
     /// Every node that answers a barrier, with the fingerprint of its configuration.
@@ -166,6 +178,7 @@ impl Coordinator {
             Some(Report::SourceFailed(key)) => {
                 self.failed.insert(key);
             }
+            Some(Report::Lost(key, error)) => return Err(error.context(key)),
             // Without it no checkpoint can be whole: going on would only pretend.
             Some(Report::Died(key, message)) => {
                 return Err(Error::internal(format!("{key} has met a mistake in the program: {message}")));
@@ -189,9 +202,13 @@ impl Coordinator {
     /// Takes the checkpoint whose barrier is on its way: states to the disk, then staged files into view.
     async fn finish(&mut self, number: u64) -> Result<()> {
         let checkpoint = self.collect(number).await?;
-        blocking(|| self.store.write(&checkpoint))?;
+        let oldest_kept = blocking(|| self.store.write(&checkpoint))?;
+        for control in &self.controls {
+            // If a source is held back, a later one says it as well.
+            let _ = control.try_send(Control::Kept(oldest_kept));
+        }
         for commit in self.commits.values() {
-            let _ = commit.send(number).await;
+            let _ = commit.send(Commit { checkpoint: number, oldest_kept }).await;
         }
         self.committed(number).await
     }
@@ -254,6 +271,8 @@ mod tests {
     use arrow::array::{Int64Array, RecordBatch};
 
     use super::*;
+    use crate::disk::RealDisk;
+    use crate::log::Durability;
     use crate::plugin::{BatchLimits, SinkInput, StreamShape};
     use crate::schema::{FieldType, schema_of};
 
@@ -289,7 +308,7 @@ mod tests {
         does: Does,
         seen: watch::Sender<u64>,
         mut control: mpsc::Receiver<Control>,
-        mut commits: mpsc::Receiver<u64>,
+        mut commits: mpsc::Receiver<Commit>,
         reports: mpsc::Sender<Report>,
     ) -> Vec<u64> {
         let mut committed = Vec::new();
@@ -322,11 +341,12 @@ mod tests {
                         _ => {}
                     }
                 }
-                Some(checkpoint) = commits.recv() => {
+                Some(Commit { checkpoint, oldest_kept }) = commits.recv() => {
                     let published = match does {
                         Does::CannotPublish | Does::EndsUnpublished(_) => Err("no".to_owned()),
                         _ => Ok(()),
                     };
+                    assert!(oldest_kept <= checkpoint, "{oldest_kept} at {checkpoint}");
                     committed.push(checkpoint);
                     let _ = reports.send(Report::Committed("sink/k".to_owned(), checkpoint, published)).await;
                 }
@@ -387,7 +407,10 @@ mod tests {
         let schema = schema_of([("n", FieldType::Int)]);
         let shape = StreamShape { schema: Arc::clone(&schema), keys: Vec::new(), windowed: false };
         let limits = BatchLimits { rows: 10, every: EVERY };
-        let outbox = Arc::new(Outbox::new(limits, vec![SinkInput { metric: "m".to_owned(), shape }]));
+        let folder = tempfile::tempdir().expect("a folder");
+        let inputs = vec![SinkInput { metric: "m".to_owned(), shape }];
+        let outbox = Outbox::open(limits, false, inputs, Arc::new(RealDisk), folder.path(), Durability::Process);
+        let outbox = Arc::new(outbox.expect("an outbox"));
         let rows = RecordBatch::try_new(schema, vec![Arc::new(Int64Array::from(vec![1]))]).expect("rows");
         outbox.put(0, &rows).await;
         outbox

@@ -1,28 +1,34 @@
 //! The task between a source's connection and the graph: stamps the time of receipt, decodes, keeps the
 //! watermark, acknowledges, and answers checkpoints.
+//!
+//! Records whose sender waits for an acknowledgement go to the [`Inbox`] too. They enter the graph at once; the
+//! acknowledgement, and the answer to a checkpoint that has them in it, wait until they are on disk.
 
+use std::collections::VecDeque;
+use std::future::pending;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use arrow::array::{Array, ArrayRef, AsArray, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
+use arrow::array::{Array, ArrayRef, RecordBatch, StringArray, TimestampMicrosecondArray};
 use arrow::compute::{filter_record_batch, is_not_null};
-use arrow::datatypes::TimestampMicrosecondType;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tracing::warn;
 
+use super::blocking;
+use super::clock::SourceClock;
 use super::coordinator::{Control, Report};
 use super::edge::{Barrier, Message, Outlet};
+use super::inbox::{Inbox, Progress};
 use super::queue::Receiver;
 use super::reader_task::{Arrival, Link};
 use crate::batch::{BATCH_ROWS_MAX, Batch, Stage, Times};
 use crate::error::{Error, Result};
-use crate::graph::{EventTime, errors_schema};
-use crate::plugin::{Decoder, Delivery, Record, RowError};
+use crate::graph::errors_schema;
+use crate::plugin::{Decoded, Decoder, Delivery, Record, Rejection, RowError};
 use crate::state::{StateReader, StateWriter};
 use crate::status::{NodeState, NodeStatus};
-use crate::time::now_us;
 
 /// How often time moves on without rows. Windows over the time of receipt close at most this late.
 const TICK: Duration = Duration::from_millis(50);
@@ -47,6 +53,28 @@ pub(crate) struct IntakeTask {
     pub(crate) batches: u64,
     pub(crate) error_log: Option<Instant>,
     pub(crate) delivery: Delivery,
+    /// Of a source whose senders wait for an acknowledgement.
+    pub(crate) inbox: Option<Inbox>,
+    /// What waits for the inbox.
+    pub(crate) unsettled: Unsettled,
+}
+
+/// What waits until records are on disk, each with the number after the last of them.
+#[derive(Default)]
+pub(crate) struct Unsettled {
+    /// Tokens to acknowledge.
+    tokens: VecDeque<(u64, Vec<u64>)>,
+    /// Answers to checkpoints.
+    answers: VecDeque<(u64, Report)>,
+    /// Checkpoints, and the number of the first record that is not in each.
+    covered: VecDeque<(u64, u64)>,
+}
+
+impl Unsettled {
+    /// Checkpoint `checkpoint` has all records before `taken`.
+    pub(crate) fn cover(&mut self, checkpoint: u64, taken: u64) {
+        self.covered.push_back((checkpoint, taken));
+    }
 }
 
 /// What goes on with the source.
@@ -69,10 +97,18 @@ impl IntakeTask {
                 control = self.control.recv() => match control {
                     Some(Control::Barrier(barrier)) if barrier.last => return self.stop(barrier, phase).await,
                     Some(Control::Barrier(barrier)) => self.barrier(barrier).await,
-                    Some(Control::Close) => self.close().await,
+                    Some(Control::Close) => {
+                        while phase == Phase::Running && self.is_replaying() {
+                            phase = self.replay().await;
+                        }
+                        self.close().await;
+                    }
+                    Some(Control::Kept(oldest)) => self.trim(oldest),
                     None => return,
                 },
-                arrival = self.arrivals.recv(), if phase == Phase::Running => {
+                progress = progress(&mut self.inbox) => self.settle(&progress).await,
+                () = async {}, if phase == Phase::Running && self.is_replaying() => phase = self.replay().await,
+                arrival = self.arrivals.recv(), if phase == Phase::Running && self.has_room() => {
                     phase = self.arrival(arrival.unwrap_or(Arrival::Ended)).await;
                 }
                 _ = tick.tick(), if phase != Phase::Ended => self.tick(phase).await,
@@ -92,11 +128,19 @@ impl IntakeTask {
         // next start reads it again from the position: a stop need not wait for that.
         self.arrivals.close();
         while let Some(arrival) = self.arrivals.recv().await {
-            if phase == Phase::Running && self.delivery != Delivery::Replayable {
+            if phase == Phase::Running
+                && self.delivery != Delivery::Replayable
+                && self.has_room()
+                && !self.is_replaying()
+            {
                 phase = self.arrival(arrival).await;
             }
         }
         self.barrier(barrier).await;
+        while !(self.unsettled.answers.is_empty() && self.unsettled.tokens.is_empty()) {
+            let progress = progress(&mut self.inbox).await;
+            self.settle(&progress).await;
+        }
         self.rows.send(Message::End).await;
         self.errors.send(Message::End).await;
     }
@@ -110,7 +154,32 @@ impl IntakeTask {
         self.clock.snapshot(&mut state);
         state.u64(self.batches);
         state.u64(self.error_batches);
-        let _ = self.reports.send(Report::Prepared(self.key.clone(), barrier.checkpoint, Ok(state.finish()))).await;
+        let report = |state: StateWriter| Report::Prepared(self.key.clone(), barrier.checkpoint, Ok(state.finish()));
+        let Some(inbox) = &self.inbox else {
+            let _ = self.reports.send(report(state)).await;
+            return;
+        };
+        // What a checkpoint covers must be on disk before it: a record that is not would come again.
+        let taken = inbox.taken();
+        state.u64(taken);
+        self.unsettled.cover(barrier.checkpoint, taken);
+        if inbox.durable() >= taken {
+            let _ = self.reports.send(report(state)).await;
+        } else {
+            self.unsettled.answers.push_back((taken, report(state)));
+        }
+    }
+
+    /// The number of the first record in the inbox that a checkpoint does not have, by the state in it. Of a
+    /// checkpoint that was taken before there was an inbox: `None`.
+    pub(crate) fn first_not_covered(state: &[u8]) -> Result<Option<u64>> {
+        let mut state = StateReader::new(state);
+        state.bool()?;
+        state.bytes()?;
+        SourceClock::new(None).restore(&mut state)?;
+        state.u64()?;
+        state.u64()?;
+        if state.is_empty() { Ok(None) } else { state.u64().map(Some) }
     }
 
     /// Takes over the state of a checkpoint and returns the position to go on from.
@@ -136,6 +205,8 @@ impl IntakeTask {
                 }
                 Arrival::Disconnected => {
                     self.link = None;
+                    // What was not acknowledged comes again on the next connection.
+                    self.unsettled.tokens.clear();
                     self.clock.set_connected(false);
                 }
                 Arrival::Unwanted => self.clock.set_unwanted(),
@@ -146,16 +217,15 @@ impl IntakeTask {
                 }
                 Arrival::Failed => return self.failed().await,
                 Arrival::Rows(pulled) => {
-                    if let Err(error) = self.take_rows(&pulled.rows, pulled.errors).await {
+                    let ingest_us = self.clock.stamp();
+                    if let Err(error) = self.take_rows(&pulled.rows, pulled.errors, ingest_us).await {
                         return self.fail(&error).await;
                     }
                     self.position = Some(pulled.position);
                 }
                 Arrival::Records(mut records) => {
                     next = self.more_records(&mut records);
-                    let taken = self.take_records(&records).await;
-                    self.acknowledge(&records, taken.is_ok()).await;
-                    if let Err(error) = taken {
+                    if let Err(error) = self.receive(records).await {
                         return self.fail(&error).await;
                     }
                 }
@@ -194,14 +264,119 @@ impl IntakeTask {
         None
     }
 
-    async fn take_records(&mut self, records: &[Record]) -> Result<()> {
-        let decoder = self.decoder.as_mut().ok_or_else(|| Error::internal("a push source without a decoder"))?;
-        let decoded = decoder.decode(records)?;
-        self.take_rows(&decoded.rows, decoded.errors).await
+    /// Takes in records that have arrived just now.
+    async fn receive(&mut self, records: Vec<Record>) -> Result<()> {
+        let ingest_us = self.clock.stamp();
+        let Some(inbox) = &mut self.inbox else {
+            let tokens: Vec<u64> = records.iter().map(|record| record.token).collect();
+            let taken = match self.decode(&records) {
+                Ok(decoded) => self.take_rows(&decoded.rows, decoded.errors, ingest_us).await,
+                Err(error) => Err(error),
+            };
+            match &taken {
+                Ok(()) => self.acknowledge(&tokens).await,
+                Err(_) => self.reject(&tokens, &Rejection::Failed).await,
+            }
+            return taken;
+        };
+        let received = inbox.receive(records, ingest_us);
+        for (token, reason) in received.refused {
+            self.reject(&[token], &Rejection::Refused(reason)).await;
+        }
+        let decoded = match self.decode(&received.fresh) {
+            Ok(decoded) => decoded,
+            Err(error) => {
+                self.reject(&received.tokens, &Rejection::Failed).await;
+                return Err(error);
+            }
+        };
+        if let Some(inbox) = &mut self.inbox {
+            inbox.append(&received.fresh, ingest_us);
+            // Also what came again is acknowledged in its turn: by then the first of its kind is on disk.
+            if !received.tokens.is_empty() && self.link.is_some() {
+                self.unsettled.tokens.push_back((inbox.next(), received.tokens));
+            }
+        }
+        self.take_rows(&decoded.rows, decoded.errors, ingest_us).await?;
+        self.settle_now().await;
+        Ok(())
     }
 
-    async fn take_rows(&mut self, rows: &RecordBatch, mut errors: Vec<RowError>) -> Result<()> {
-        let ingest_us = self.clock.stamp();
+    /// Takes in records of an earlier run.
+    async fn replay(&mut self) -> Phase {
+        let Some(inbox) = &mut self.inbox else { return Phase::Running };
+        let taken = match blocking(|| inbox.replay()) {
+            Ok(None) => Ok(()),
+            Ok(Some((records, ingest_us))) => match self.decode(&records) {
+                Ok(decoded) => {
+                    self.clock.stamped(ingest_us);
+                    self.take_rows(&decoded.rows, decoded.errors, ingest_us).await
+                }
+                Err(error) => Err(error),
+            },
+            Err(error) => Err(error),
+        };
+        match taken {
+            Ok(()) => Phase::Running,
+            Err(error) => self.fail(&error).await,
+        }
+    }
+
+    fn is_replaying(&self) -> bool {
+        self.inbox.as_ref().is_some_and(Inbox::is_replaying)
+    }
+
+    fn has_room(&self) -> bool {
+        self.inbox.as_ref().is_none_or(|inbox| inbox.has_room() && !inbox.is_replaying())
+    }
+
+    /// Does what had to wait for the disk.
+    async fn settle(&mut self, progress: &Progress) {
+        if let Some(broken) = &progress.broken {
+            // What is in the graph may not be on disk, so no checkpoint may follow; and only a new start can tell.
+            let error = Error::outside(format!("the inbox of source {} can no longer be written: {broken}", self.name));
+            self.status.set_state(NodeState::Failed(error.to_string()));
+            self.unsettled = Unsettled::default();
+            self.link = None;
+            let _ = self.reports.send(Report::Lost(self.key.clone(), error.fatal())).await;
+            return pending().await;
+        }
+        match (&progress.trouble, self.status.state()) {
+            (Some(trouble), _) => self.status.set_state(NodeState::Retrying(trouble.clone())),
+            (None, NodeState::Retrying(_)) if self.link.is_some() => self.status.set_state(NodeState::Healthy),
+            _ => {}
+        }
+        self.settle_now().await;
+    }
+
+    async fn settle_now(&mut self) {
+        let Some(durable) = self.inbox.as_ref().map(Inbox::durable) else { return };
+        while let Some((_, tokens)) = self.unsettled.tokens.pop_front_if(|(end, _)| *end <= durable) {
+            self.acknowledge(&tokens).await;
+        }
+        while let Some((_, report)) = self.unsettled.answers.pop_front_if(|(taken, _)| *taken <= durable) {
+            let _ = self.reports.send(report).await;
+        }
+    }
+
+    /// Checkpoints before `oldest` are gone: records that all others have will not be asked for again.
+    fn trim(&mut self, oldest: u64) {
+        let Some(inbox) = &self.inbox else { return };
+        let mut before = None;
+        while let Some((_, taken)) = self.unsettled.covered.pop_front_if(|(checkpoint, _)| *checkpoint <= oldest) {
+            before = Some(taken);
+        }
+        if let Some(before) = before {
+            inbox.trim(before);
+        }
+    }
+
+    fn decode(&mut self, records: &[Record]) -> Result<Decoded> {
+        let decoder = self.decoder.as_mut().ok_or_else(|| Error::internal("a push source without a decoder"))?;
+        decoder.decode(records)
+    }
+
+    async fn take_rows(&mut self, rows: &RecordBatch, mut errors: Vec<RowError>, ingest_us: i64) -> Result<()> {
         if rows.num_rows() > 0 || !errors.is_empty() {
             self.clock.row_came();
         }
@@ -261,157 +436,46 @@ impl IntakeTask {
         Ok(())
     }
 
-    async fn acknowledge(&mut self, records: &[Record], accepted: bool) {
-        let Some(link) = self.link.as_mut() else { return };
-        let tokens: Vec<u64> = records.iter().map(|record| record.token).collect();
-        let told = match accepted {
-            true => link.acknowledger.acknowledge(&tokens).await,
-            false => link.acknowledger.reject(&tokens).await,
-        };
-        if let Err(error) = told {
-            // The reader may not notice by itself. What is not confirmed comes again on the next connection.
-            self.status.errors.fetch_add(1, Relaxed);
-            warn!(source = %self.name, "acknowledging failed: {error}");
-            if let Some(link) = self.link.take() {
-                let _ = link.broken.send(());
-            }
+    async fn acknowledge(&mut self, tokens: &[u64]) {
+        if let Some(link) = self.link.as_mut() {
+            let told = link.acknowledger.acknowledge(tokens).await;
+            self.told(told);
+        }
+    }
+
+    async fn reject(&mut self, tokens: &[u64], reason: &Rejection) {
+        if let Some(link) = self.link.as_mut() {
+            let told = link.acknowledger.reject(tokens, reason).await;
+            self.told(told);
+        }
+    }
+
+    /// The reader may not notice by itself that the connection is of no use any more. What is not confirmed comes again
+    /// on the next one.
+    fn told(&mut self, told: Result<()>) {
+        let Err(error) = told else { return };
+        self.status.errors.fetch_add(1, Relaxed);
+        warn!(source = %self.name, "acknowledging failed: {error}");
+        self.unsettled.tokens.clear();
+        if let Some(link) = self.link.take() {
+            let _ = link.broken.send(());
         }
     }
 
     async fn tick(&mut self, phase: Phase) {
-        if let Some(message) = self.clock.tick(phase == Phase::Failed || self.arrivals.is_empty()) {
+        if let Some(message) =
+            self.clock.tick(phase == Phase::Failed || (self.arrivals.is_empty() && !self.is_replaying()))
+        {
             self.rows.send(message).await;
         }
     }
 }
 
-/// Event time, lateness and idleness of one source.
-#[derive(Debug)]
-pub(crate) struct SourceClock {
-    event_time: Option<EventTime>,
-    /// Newest event time, `i64::MIN` if none.
-    newest_us: i64,
-    /// Newest time of receipt; the wall clock may be set back, this is not.
-    ingest_us: i64,
-    /// Last watermark given out.
-    watermark_us: i64,
-    /// The last row or (re)connect: idleness counts from here. Not by the wall clock, which may jump.
-    active: Instant,
-    connected: bool,
-    unwanted: bool,
-    /// Whether the consumers were told that no row is to be waited for.
-    told_idle: bool,
-}
-
-impl SourceClock {
-    pub(crate) fn new(event_time: Option<EventTime>) -> Self {
-        Self {
-            event_time,
-            newest_us: i64::MIN,
-            ingest_us: i64::MIN,
-            watermark_us: i64::MIN,
-            active: Instant::now(),
-            connected: false,
-            unwanted: false,
-            told_idle: false,
-        }
-    }
-
-    fn set_connected(&mut self, connected: bool) {
-        self.connected = connected;
-        self.unwanted = false;
-        self.active = Instant::now();
-    }
-
-    fn set_unwanted(&mut self) {
-        self.unwanted = true;
-    }
-
-    /// The time of receipt of what arrives now.
-    fn stamp(&mut self) -> i64 {
-        self.unwanted = false;
-        self.ingest_us = self.ingest_us.max(now_us());
-        self.ingest_us
-    }
-
-    /// What arrived was not empty, as an idle poll is.
-    fn row_came(&mut self) {
-        self.active = Instant::now();
-    }
-
-    /// The times of rows received at `ingest_us`; their event times move the clock.
-    fn times(&mut self, rows: &RecordBatch, ingest_us: i64) -> Result<Times> {
-        let count = rows.num_rows();
-        let Some(event_time) = self.event_time else {
-            let times = Times::constant(ingest_us, ingest_us, self.newest_us, count);
-            self.newest_us = self.newest_us.max(ingest_us);
-            return Ok(times);
-        };
-        let column = rows.column(event_time.column);
-        let column = column
-            .as_primitive_opt::<TimestampMicrosecondType>()
-            .ok_or_else(|| Error::internal("an event time that is no timestamp"))?;
-        let mut watermarks = Vec::with_capacity(count);
-        for &event_us in column.values() {
-            watermarks.push(self.trailing());
-            self.newest_us = self.newest_us.max(event_us);
-        }
-        Ok(Times {
-            event_us: Int64Array::new(column.values().clone(), None),
-            ingest_us: Int64Array::from_value(ingest_us, count),
-            watermark_us: Int64Array::from(watermarks),
-        })
-    }
-
-    /// The watermark that follows from the newest event time.
-    fn trailing(&self) -> i64 {
-        let lateness = self.event_time.map_or(0, |event_time| event_time.lateness_us);
-        if self.newest_us == i64::MIN { i64::MIN } else { self.newest_us.saturating_sub(lateness) }
-    }
-
-    /// The watermark, if it has moved since the last call.
-    fn advanced(&mut self) -> Option<i64> {
-        let watermark = self.trailing();
-        (watermark > self.watermark_us).then(|| {
-            self.watermark_us = watermark;
-            watermark
-        })
-    }
-
-    /// What time alone does: over the time of receipt it moves the watermark; over event time it makes a
-    /// source idle that is connected, has nothing queued and got no row for long, and tells when that is over.
-    fn tick(&mut self, nothing_queued: bool) -> Option<Message> {
-        let Some(event_time) = self.event_time else {
-            if !nothing_queued {
-                return None;
-            }
-            self.ingest_us = self.ingest_us.max(now_us());
-            self.newest_us = self.newest_us.max(self.ingest_us);
-            return self.advanced().map(Message::Watermark);
-        };
-        let quiet_us = i64::try_from(self.active.elapsed().as_micros()).unwrap_or(i64::MAX);
-        let idle = self.unwanted || (self.connected && nothing_queued && quiet_us >= event_time.idle_us);
-        if !idle {
-            let was_idle = std::mem::take(&mut self.told_idle);
-            return was_idle.then_some(Message::Watermark(self.watermark_us));
-        }
-        self.told_idle = true;
-        // Without any row there is no event time to go on from: i64::MIN still says that this input holds nothing back.
-        let on = if self.newest_us == i64::MIN { i64::MIN } else { self.trailing().saturating_add(quiet_us) };
-        Some(Message::Idle(on))
-    }
-
-    fn snapshot(&self, state: &mut StateWriter) {
-        state.i64(self.newest_us);
-        state.i64(self.ingest_us);
-        state.i64(self.watermark_us);
-    }
-
-    fn restore(&mut self, state: &mut StateReader<'_>) -> Result<()> {
-        self.newest_us = state.i64()?;
-        self.ingest_us = state.i64()?;
-        self.watermark_us = state.i64()?;
-        Ok(())
+/// Waits until the inbox is further; for ever without one. Cancel safe.
+async fn progress(inbox: &mut Option<Inbox>) -> Progress {
+    match inbox {
+        Some(inbox) => inbox.changed().await,
+        None => pending().await,
     }
 }
 
@@ -425,171 +489,16 @@ mod tests {
     use futures::poll;
     use tokio::sync::oneshot;
 
+    use arrow::array::Int64Array;
+
     use super::*;
+    use crate::batch::Times;
     use crate::plugin::{Acknowledger, Decoded, Pulled};
+    use crate::runtime::clock::testing::{event_clock, rows};
     use crate::runtime::edge::Takes;
     use crate::runtime::queue::{Sender, queue};
     use crate::schema::{FieldType, schema_of};
     use crate::status::{NodeKind, Status, lock};
-
-    const MIN: i64 = i64::MIN;
-
-    /// A clock over the only column, 10 us late at most and idle at once.
-    fn event_clock() -> SourceClock {
-        SourceClock::new(Some(EventTime { column: 0, lateness_us: 10, idle_us: 0 }))
-    }
-
-    fn rows(event_us: &[i64]) -> RecordBatch {
-        let column = TimestampMicrosecondArray::from(event_us.to_vec()).with_timezone("UTC");
-        let schema = schema_of([("ts", FieldType::Timestamp(None))]);
-        RecordBatch::try_new(schema, vec![Arc::new(column)]).expect("rows")
-    }
-
-    fn watermarks(clock: &mut SourceClock, event_us: &[i64]) -> Vec<i64> {
-        let times = clock.times(&rows(event_us), 7).expect("times");
-        assert_eq!(times.event_us.values(), event_us);
-        assert!(times.ingest_us.values().iter().all(|ingest| *ingest == 7));
-        times.watermark_us.values().to_vec()
-    }
-
-    #[test]
-    fn each_row_meets_the_newest_time_before_it_less_the_lateness_however_batches_are_cut() {
-        for (event_us, expected) in [
-            (vec![100, 105, 95, 120, 120, 110], vec![MIN, 90, 95, 95, 110, 110]),
-            (vec![-5, 0, -100], vec![MIN, -15, -10]),
-            (vec![MIN + 3, 50], vec![MIN, MIN]),
-            (vec![i64::MAX, 0], vec![MIN, i64::MAX - 10]),
-        ] {
-            for size in 1..=event_us.len() {
-                let mut clock = event_clock();
-                let cut: Vec<i64> = event_us.chunks(size).flat_map(|part| watermarks(&mut clock, part)).collect();
-                assert_eq!(cut, expected, "{event_us:?} in batches of {size}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_watermark_is_given_out_once_and_only_forward() {
-        let mut clock = event_clock();
-        assert_eq!(clock.advanced(), None, "no row, no watermark");
-        for (event_us, expected) in [(100, Some(90)), (100, None), (50, None), (101, Some(91))] {
-            watermarks(&mut clock, &[event_us]);
-            assert_eq!(clock.advanced(), expected, "after {event_us}");
-            assert_eq!(clock.advanced(), None);
-        }
-    }
-
-    #[test]
-    fn over_the_time_of_receipt_no_tick_makes_a_later_row_late() {
-        let mut clock = SourceClock::new(None);
-        for round in 0..100 {
-            let given = match clock.tick(true) {
-                Some(Message::Watermark(time)) => time,
-                None => clock.watermark_us,
-                other => panic!("a tick without event time gave {other:?}"),
-            };
-            let ingest_us = clock.stamp();
-            let times = clock.times(&rows(&[0, 0]), ingest_us).expect("times");
-            assert_eq!(times.event_us.values(), &[ingest_us, ingest_us], "round {round}");
-            for watermark in times.watermark_us.values() {
-                assert!(ingest_us >= given && ingest_us >= *watermark, "round {round}: a row before the watermark");
-            }
-        }
-        assert!(clock.tick(false).is_none(), "rows that wait were received before now");
-    }
-
-    #[test]
-    fn a_wall_clock_set_back_does_not_set_the_time_of_receipt_back() {
-        let ahead = now_us() + 3_600_000_000;
-        let mut clock =
-            SourceClock { ingest_us: ahead, newest_us: ahead, watermark_us: ahead, ..SourceClock::new(None) };
-        assert_eq!(clock.stamp(), ahead);
-        assert!(clock.tick(true).is_none());
-    }
-
-    #[test]
-    fn a_source_is_idle_only_if_connected_and_quiet_or_if_nobody_wants_it() {
-        /// An hour: longer than this test runs.
-        const LONG: i64 = 3_600_000_000;
-        for (connected, unwanted, idle_us, nothing_queued, idle) in [
-            (true, false, 0, true, true),
-            (true, false, 0, false, false),
-            (true, false, LONG, true, false),
-            (false, false, 0, true, false),
-            (false, true, LONG, true, true),
-        ] {
-            let mut clock = SourceClock::new(Some(EventTime { column: 0, lateness_us: 10, idle_us }));
-            clock.set_connected(connected);
-            if unwanted {
-                clock.set_unwanted();
-            }
-            let case =
-                format!("connected {connected}, unwanted {unwanted}, {idle_us} us, queue empty {nothing_queued}");
-            let told = clock.tick(nothing_queued);
-            assert_eq!(told.is_some(), idle, "{case}");
-            // Before the first row there is no time to go on from.
-            assert!(told.is_none_or(|message| matches!(message, Message::Idle(MIN))), "{case}");
-        }
-    }
-
-    #[test]
-    fn an_idle_source_goes_on_from_its_watermark_and_a_row_ends_that() {
-        let mut clock = event_clock();
-        clock.set_unwanted();
-        watermarks(&mut clock, &[100]);
-        let Some(Message::Idle(on)) = clock.tick(true) else { panic!("not idle") };
-        assert!(on >= 90, "{on}");
-        clock.stamp();
-        let given = clock.watermark_us;
-        assert!(matches!(clock.tick(true), Some(Message::Watermark(time)) if time == given), "wanted again");
-        assert!(clock.tick(true).is_none(), "and not connected");
-    }
-
-    #[test]
-    fn a_restored_clock_gives_the_same_watermarks() {
-        for event_time in [None, Some(EventTime { column: 0, lateness_us: 10, idle_us: 0 })] {
-            let mut clock = SourceClock::new(event_time);
-            clock.times(&rows(&[100, 90]), 1_000).expect("times");
-            clock.stamp();
-            clock.advanced();
-            let mut state = StateWriter::default();
-            clock.snapshot(&mut state);
-            let state = state.finish();
-            let mut restored = SourceClock::new(event_time);
-            let mut reader = StateReader::new(&state);
-            restored.restore(&mut reader).expect("a state");
-            assert!(reader.is_empty());
-            assert_eq!(restored.advanced(), None, "given out before");
-            let rows = rows(&[95, 200, 150]);
-            let (one, other) = (clock.times(&rows, 2_000), restored.times(&rows, 2_000));
-            let (one, other) = (one.expect("times"), other.expect("times"));
-            assert_eq!(one.watermark_us, other.watermark_us);
-            assert_eq!(clock.advanced(), restored.advanced());
-        }
-    }
-
-    #[test]
-    fn a_poll_without_rows_is_no_row() {
-        let mut clock = event_clock();
-        clock.set_connected(true);
-        let active = clock.active;
-        clock.stamp();
-        assert_eq!(clock.active, active);
-        clock.row_came();
-        assert!(clock.active >= active);
-    }
-
-    #[test]
-    fn a_connection_that_breaks_while_idle_is_waited_for_again() {
-        let mut clock = event_clock();
-        clock.set_connected(true);
-        watermarks(&mut clock, &[100]);
-        clock.advanced();
-        assert!(matches!(clock.tick(true), Some(Message::Idle(_))));
-        clock.set_connected(false);
-        assert!(matches!(clock.tick(true), Some(Message::Watermark(90))), "the idle time is taken back");
-        assert!(clock.tick(true).is_none());
-    }
 
     /// A record holds one event time; any other text is a wrong row; `broken` fails the decoder.
     struct Times1;
@@ -621,7 +530,7 @@ mod tests {
             lock(&self.0).push(format!("accepted {tokens:?}"));
             Ok(())
         }
-        async fn reject(&mut self, tokens: &[u64]) -> Result<()> {
+        async fn reject(&mut self, tokens: &[u64], _: &Rejection) -> Result<()> {
             lock(&self.0).push(format!("rejected {tokens:?}"));
             Ok(())
         }
@@ -662,6 +571,8 @@ mod tests {
             batches: 0,
             error_log: None,
             delivery,
+            inbox: None,
+            unsettled: Unsettled::default(),
         };
         Bench { task, arrivals, rows, errors, reports, told }
     }

@@ -11,8 +11,10 @@
 //! `query` for history.
 
 mod back_off;
+mod clock;
 mod coordinator;
 mod edge;
+mod inbox;
 mod intake_task;
 mod outbox;
 mod pipeline_task;
@@ -38,18 +40,21 @@ use xxhash_rust::xxh3::xxh3_64;
 
 pub use coordinator::Stopped;
 
+use crate::disk::{Disk, RealDisk};
 use crate::error::{Error, Result};
 use crate::graph::{ERRORS_SUFFIX, Graph, GraphPipeline, GraphSink, GraphSource, Producer};
 use crate::history::{History, Table};
 use crate::http::{Routes, api, server};
 use crate::live::Live;
-use crate::plugin::{HistoryTail, Sink, SinkContext, SourceContext};
+use crate::plugin::{Delivery, HistoryTail, Sink, SinkContext, SourceContext};
 use crate::state::StateReader;
 use crate::status::{NodeKind, NodeState, NodeStatus, Status};
 use crate::time::now_us;
-use coordinator::{Control, Coordinator, Report, STOP_DEADLINE};
+use clock::SourceClock;
+use coordinator::{Commit, Control, Coordinator, Report, STOP_DEADLINE};
 use edge::{Inputs, Message, Outlet, Takes};
-use intake_task::{IntakeTask, SourceClock};
+use inbox::Inbox;
+use intake_task::{IntakeTask, Unsettled};
 use outbox::{DeliveryTask, Outbox};
 use pipeline_task::{PipelineTask, Port};
 use queue::{Receiver, queue};
@@ -118,6 +123,7 @@ struct Starter {
     live: Arc<Live>,
     routes: Routes,
     listener: TcpListener,
+    disk: Arc<dyn Disk>,
     store: Store,
     restored: Checkpoint,
     history: Arc<History>,
@@ -134,6 +140,7 @@ impl Starter {
                 .fatal()
         })?;
         info!("listening on http://{listen}/");
+        let disk: Arc<dyn Disk> = Arc::new(RealDisk);
         let store = Store::open(&graph.state_dir)?;
         let restored = store.latest()?.unwrap_or_default();
         let status = Arc::new(Status::default());
@@ -144,7 +151,7 @@ impl Starter {
         let (tables, tails) = history_tables(&graph);
         let history = Arc::new(History::new(tables)?);
         let routes = Routes::default();
-        Ok(Self { graph, options, operators, status, live, routes, listener, store, restored, history, tails })
+        Ok(Self { graph, options, operators, status, live, routes, listener, disk, store, restored, history, tails })
     }
 
     /// Builds and starts every node, then watches over them until the stop.
@@ -313,10 +320,19 @@ impl Starter {
                 Running::Staging(staging)
             }
             Sink::Outbox(outbox_sink, limits) => {
-                let outbox = Arc::new(Outbox::new(limits, sink_inputs));
-                if let Some(state) = state {
-                    outbox.restore(state).map_err(|e| e.context(&key))?;
-                }
+                let folder = self.graph.state_dir.join("outbox").join(&sink.name);
+                let disk = Arc::clone(&self.disk);
+                let exactly_once = outbox_sink.is_exactly_once();
+                let outbox = Outbox::open(limits, exactly_once, sink_inputs, disk, &folder, self.graph.durability)
+                    .and_then(|outbox| {
+                        match state {
+                            Some(state) => outbox.restore(self.restored.number, state)?,
+                            None => outbox.clear()?,
+                        }
+                        Ok(Arc::new(outbox))
+                    });
+                let outbox = outbox.map_err(|e| e.context(&key))?;
+                nodes.commits.insert(key.clone(), commit.clone());
                 nodes.deliveries.push(DeliveryTask {
                     name: sink.name.clone(),
                     outbox: Arc::clone(&outbox),
@@ -336,8 +352,29 @@ impl Starter {
             status,
             reports: nodes.reporter.clone(),
             commits,
+            last: None,
         });
         Ok(())
+    }
+
+    /// The inbox of a push source. It outlives a change of the source's options, but not of its type: another one
+    /// could not read the records.
+    fn inbox(&self, source: &GraphSource, key: &str) -> Result<Inbox> {
+        let folder = self.graph.state_dir.join("inbox").join(format!("{}.{}", source.name, source.type_name));
+        let covered = match self.restored.nodes.get(key) {
+            Some((of, state)) if *of == source.fingerprint || folder.is_dir() => IntakeTask::first_not_covered(state)?,
+            _ => None,
+        };
+        let receipts = || source.config.receipts();
+        let inbox = Inbox::open(Arc::clone(&self.disk), &folder, self.graph.durability, receipts, covered)?;
+        if inbox.is_replaying() {
+            info!(
+                "source {}: {} rows of the inbox are in no checkpoint yet",
+                source.name,
+                inbox.next() - inbox.taken()
+            );
+        }
+        Ok(inbox)
     }
 
     fn source(
@@ -349,6 +386,10 @@ impl Starter {
         nodes: &mut Nodes,
     ) -> Result<()> {
         let key = format!("source/{}", source.name);
+        let inbox = match source.shape.delivery {
+            Delivery::Acknowledged => Some(self.inbox(source, &key)?),
+            Delivery::Replayable | Delivery::BestEffort | Delivery::Sampled => None,
+        };
         nodes.fingerprints.insert(key.clone(), source.fingerprint);
         let (control, control_receiver) = mpsc::channel(4);
         nodes.controls.push(control);
@@ -377,7 +418,12 @@ impl Starter {
             batches: 0,
             error_log: None,
             delivery: source.shape.delivery,
+            unsettled: Unsettled::default(),
+            inbox,
         };
+        if let Some(inbox) = &intake.inbox {
+            intake.unsettled.cover(self.restored.number, inbox.taken());
+        }
         let position = match self.restored(&intake.key, source.fingerprint) {
             Some(state) => intake.restore(state).map_err(|e| e.context(format!("source {}", source.name)))?,
             None => None,
@@ -401,8 +447,8 @@ struct Nodes {
     outlets: Outlets,
     fingerprints: BTreeMap<String, u64>,
     controls: Vec<mpsc::Sender<Control>>,
-    commits: BTreeMap<String, mpsc::Sender<u64>>,
-    others: Vec<mpsc::Sender<u64>>,
+    commits: BTreeMap<String, mpsc::Sender<Commit>>,
+    others: Vec<mpsc::Sender<Commit>>,
     outboxes: Vec<Arc<Outbox>>,
     sources: Vec<(IntakeTask, ReaderTask)>,
     pipelines: Vec<PipelineTask>,
@@ -413,8 +459,8 @@ struct Nodes {
 /// What is left of the nodes once they run: the ways to them.
 struct Started {
     controls: Vec<mpsc::Sender<Control>>,
-    commits: BTreeMap<String, mpsc::Sender<u64>>,
-    others: Vec<mpsc::Sender<u64>>,
+    commits: BTreeMap<String, mpsc::Sender<Commit>>,
+    others: Vec<mpsc::Sender<Commit>>,
     outboxes: Vec<Arc<Outbox>>,
     fingerprints: BTreeMap<String, u64>,
     readers: Vec<JoinHandle<()>>,

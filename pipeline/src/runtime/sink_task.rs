@@ -9,7 +9,7 @@ use tracing::warn;
 
 use super::back_off::BackOff;
 use super::blocking;
-use super::coordinator::Report;
+use super::coordinator::{Commit, Report};
 use super::edge::{Barrier, Event, Inputs};
 use super::outbox::Outbox;
 use crate::batch::Batch;
@@ -25,8 +25,10 @@ pub(crate) struct SinkTask {
     pub(crate) sink: Running,
     pub(crate) status: Arc<NodeStatus>,
     pub(crate) reports: mpsc::Sender<Report>,
-    /// Numbers of checkpoints that are durable.
-    pub(crate) commits: mpsc::Receiver<u64>,
+    /// Checkpoints that are durable.
+    pub(crate) commits: mpsc::Receiver<Commit>,
+    /// Number of the last checkpoint, once its barrier has come.
+    pub(crate) last: Option<u64>,
 }
 
 /// A sink of one of the three kinds.
@@ -46,7 +48,7 @@ impl SinkTask {
             tokio::select! {
                 biased;
                 commit = self.commits.recv() => match commit {
-                    Some(checkpoint) => self.commit(checkpoint).await,
+                    Some(commit) => self.commit(commit).await,
                     // The coordinator has gone: no checkpoint will come any more.
                     None => return,
                 },
@@ -61,8 +63,8 @@ impl SinkTask {
                 },
             }
         }
-        while let Some(checkpoint) = self.commits.recv().await {
-            self.commit(checkpoint).await;
+        while let Some(commit) = self.commits.recv().await {
+            self.commit(commit).await;
         }
     }
 
@@ -70,7 +72,10 @@ impl SinkTask {
         self.status.rows_in.fetch_add(batch.len() as u64, Relaxed);
         match &mut self.sink {
             Running::Live(sink) => sink.write(input, batch, number),
-            Running::Outbox(outbox) => outbox.put(input, batch.rows()).await,
+            Running::Outbox(outbox) => {
+                let outbox = Arc::clone(outbox);
+                self.put(&outbox, input, batch).await;
+            }
             Running::Staging(_) => {
                 if !self.stage(input, batch, number).await {
                     return;
@@ -79,6 +84,18 @@ impl SinkTask {
         }
         if !matches!(self.sink, Running::Outbox(_)) {
             self.status.rows_out.fetch_add(batch.len() as u64, Relaxed);
+        }
+    }
+
+    /// Puts rows into an outbox, which may be full for long: the checkpoint before waits for its answer meanwhile, and
+    /// with it those of all other nodes.
+    async fn put(&mut self, outbox: &Outbox, input: usize, batch: &Batch) {
+        loop {
+            tokio::select! {
+                biased;
+                () = outbox.put(input, batch.rows()) => return,
+                Some(commit) = self.commits.recv() => self.commit(commit).await,
+            }
         }
     }
 
@@ -102,7 +119,7 @@ impl SinkTask {
             // The checkpoint before waits for its answer, and with it those of all other nodes.
             tokio::select! {
                 () = sleep(wait) => {}
-                Some(checkpoint) = self.commits.recv() => self.commit(checkpoint).await,
+                Some(commit) = self.commits.recv() => self.commit(commit).await,
             }
         }
         self.healthy_again();
@@ -115,12 +132,20 @@ impl SinkTask {
             Running::Live(_) => Ok(()),
             Running::Staging(sink) => blocking(|| sink.prepare(barrier.checkpoint, barrier.last, &mut state)),
             Running::Outbox(outbox) => {
-                if barrier.last {
+                if barrier.last && !outbox.is_exactly_once() {
                     outbox.drain().await;
                 }
-                outbox.snapshot(&mut state)
+                blocking(|| outbox.prepare(barrier.checkpoint, &mut state))
             }
         };
+        self.last = barrier.last.then_some(barrier.checkpoint);
+        if let (Running::Outbox(_), Err(error)) = (&self.sink, &prepared)
+            && error.retry == Retry::Never
+        {
+            let error = Error::outside(error.to_string()).fatal();
+            let _ = self.reports.send(Report::Lost(self.key.clone(), error)).await;
+            return;
+        }
         if let (Running::Staging(_), Err(error)) = (&self.sink, &prepared) {
             self.status.errors.fetch_add(1, Relaxed);
             // While a disk is full, every checkpoint fails in the same way: once is enough.
@@ -139,12 +164,24 @@ impl SinkTask {
         }
     }
 
-    async fn commit(&mut self, checkpoint: u64) {
+    async fn commit(&mut self, Commit { checkpoint, oldest_kept }: Commit) {
         let result = match &mut self.sink {
+            Running::Outbox(outbox) => {
+                let committed = blocking(|| outbox.commit(checkpoint, oldest_kept));
+                if self.last == Some(checkpoint) && outbox.is_exactly_once() {
+                    outbox.drain().await;
+                }
+                if let Err(error) = committed {
+                    // It only takes room; the next commit removes it too.
+                    warn!(sink = %self.name, "{error}");
+                }
+                Ok(())
+            }
             Running::Staging(sink) => blocking(|| sink.commit(checkpoint)),
-            Running::Live(_) | Running::Outbox(_) => Ok(()),
+            Running::Live(_) => Ok(()),
         };
         match &result {
+            Ok(()) if matches!(self.sink, Running::Outbox(_)) => {}
             Ok(()) => self.healthy_again(),
             Err(error) => {
                 self.status.errors.fetch_add(1, Relaxed);

@@ -66,8 +66,8 @@ impl Store {
         Ok(None)
     }
 
-    /// Makes a checkpoint durable and removes those that are no longer kept.
-    pub(crate) fn write(&self, checkpoint: &Checkpoint) -> Result<()> {
+    /// Makes a checkpoint durable and removes those that are no longer kept. Returns the number of the oldest that is.
+    pub(crate) fn write(&self, checkpoint: &Checkpoint) -> Result<u64> {
         let failed = |e: std::io::Error| Error::outside(format!("checkpoint in `{}`", self.dir.display())).because(e);
         let path = self.dir.join(format!("{:020}{SUFFIX}", checkpoint.number));
         let draft = path.with_extension(DRAFT);
@@ -79,10 +79,11 @@ impl Store {
         fs::rename(&draft, &path).map_err(failed)?;
         File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
         let list = self.list()?;
-        for (_, old) in list.iter().take(list.len().saturating_sub(KEPT)) {
+        let (old, kept) = list.split_at(list.len().saturating_sub(KEPT));
+        for (_, old) in old {
             let _ = fs::remove_file(old);
         }
-        Ok(())
+        Ok(kept.first().map_or(checkpoint.number, |(oldest, _)| *oldest))
     }
 
     /// Removes all checkpoints: the next run starts anew.

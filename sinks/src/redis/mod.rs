@@ -1,7 +1,5 @@
 //! The `redis` sink: keys, counters, lists, streams and published messages.
 
-use std::collections::{HashSet, VecDeque};
-
 use async_trait::async_trait;
 use pipeline::config::{At, CheckContext, Duration, SecretUrl};
 use pipeline::error::{Error, Result};
@@ -37,9 +35,9 @@ are braces. `value` writes text as it is, other types as in JSON. `expire` is re
 ## Delivery
 
 A delivery (`batch`) is one transaction, `MULTI` to `EXEC`: all of it happens or nothing. When the answer is lost with the
-connection, the delivery is repeated, so counters may count it twice. With `exactly_once: true` the list
-`tailwater:SINK:METRIC` keeps the ids of the last 1024 deliveries, written in the same transaction, and a repeated one is
-skipped. Delete that key when you delete the state folder, because ids then start anew.
+connection, the delivery is repeated, so counters may count it twice. With `exactly_once: true` the key
+`tailwater:SINK:METRIC` keeps the number of the last row, written in the same transaction, and rows that are delivered again are
+skipped, after a crash too. For that, rows wait for the checkpoint that has them (`checkpoint: {every: 1s}`).
 
 ## Limits
 
@@ -55,9 +53,6 @@ the rows are counted as failed.
 
 /// Most rows of a delivery: one transaction holds the server up for as long as it takes.
 const ROWS_MAX: usize = 10_000;
-
-/// Ids of deliveries that are remembered per metric. A restart repeats what came after the last checkpoint: far fewer.
-const IDS_MAX: usize = 1024;
 
 /// Writes rows to a Redis server.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
@@ -272,48 +267,22 @@ struct Input {
     done: Option<Done>,
 }
 
-/// Ids of the last deliveries, as the server has them.
+/// The number of the last row that the server has.
 #[derive(Default)]
 struct Done {
     key: String,
-    ids: HashSet<u64>,
-    order: VecDeque<u64>,
+    last: u64,
 }
 
 impl Done {
-    /// Reads the ids from the server.
+    /// Reads the number from the server.
     async fn load(&mut self, connection: &mut Connection) -> Result<()> {
-        let last = (IDS_MAX - 1).to_string();
-        let command = Command::new("LRANGE").args([self.key.clone(), "0".to_owned(), last]);
-        let ids = match connection.call(command, PATIENCE).await? {
-            Reply::Error(words) => return Err(connection.error(format!("`{}`: {words}", self.key))),
-            reply => reply.into_list().unwrap_or_default(),
-        };
-        self.ids.clear();
-        self.order.clear();
-        // Newest first in the server, oldest first here.
-        for id in ids.iter().rev().filter_map(|id| id.as_str()?.parse().ok()) {
-            self.note(id);
+        let reply = connection.call(Command::new("GET").arg(self.key.clone()), PATIENCE).await?;
+        if let Reply::Error(words) = reply {
+            return Err(connection.error(format!("`{}`: {words}", self.key)));
         }
+        self.last = reply.as_str().and_then(|last| last.parse().ok()).unwrap_or_default();
         Ok(())
-    }
-
-    fn note(&mut self, id: u64) {
-        if self.ids.insert(id) {
-            self.order.push_back(id);
-        }
-        while self.order.len() > IDS_MAX {
-            self.order.pop_front().map(|oldest| self.ids.remove(&oldest));
-        }
-    }
-
-    /// What notes `id` in the server.
-    fn commands(&self, id: u64) -> [Command; 2] {
-        let last = (IDS_MAX - 1).to_string();
-        [
-            Command::new("LPUSH").args([self.key.clone(), id.to_string()]),
-            Command::new("LTRIM").args([self.key.clone(), "0".to_owned(), last]),
-        ]
     }
 }
 
@@ -329,12 +298,20 @@ impl OutboxSink for RedisSink {
         Ok(())
     }
 
+    fn is_exactly_once(&self) -> bool {
+        self.inputs.iter().any(|input| input.done.is_some())
+    }
+
     async fn deliver(&mut self, input: usize, rows: &RecordBatch, id: u64) -> Result<()> {
         let input = self.inputs.get_mut(input).ok_or_else(|| Error::internal(format!("no input {input}")))?;
         let connection = self.connection.as_mut().ok_or_else(|| Error::outside("not connected"))?;
-        if input.done.as_ref().is_some_and(|done| done.ids.contains(&id)) {
+        let first = id.saturating_sub(rows.num_rows() as u64);
+        let known = input.done.as_ref().map_or(0, |done| done.last.min(id).saturating_sub(first));
+        let known = usize::try_from(known).unwrap_or(usize::MAX).min(rows.num_rows());
+        if known == rows.num_rows() {
             return Ok(());
         }
+        let rows = &rows.slice(known, rows.num_rows() - known);
         let mut commands = vec![Command::new("MULTI")];
         let mut rows = Rows::new(rows);
         for operation in &input.operations {
@@ -343,12 +320,13 @@ impl OutboxSink for RedisSink {
         if commands.len() == 1 {
             return Ok(());
         }
-        commands.extend(input.done.iter().flat_map(|done| done.commands(id)));
+        let note = |done: &Done| Command::new("SET").args([done.key.clone(), id.to_string()]);
+        commands.extend(input.done.iter().map(note));
         commands.push(Command::new("EXEC"));
         let replies = connection.pipeline(&commands, PATIENCE).await?;
         confirm(connection, &commands, replies)?;
         if let Some(done) = &mut input.done {
-            done.note(id);
+            done.last = id;
         }
         Ok(())
     }
@@ -438,12 +416,5 @@ mod tests {
             let problems = checked(yaml).expect_err(yaml);
             assert!(problems.contains(&format!("f:{place}: ")) && problems.contains(message), "{yaml}\n{problems}");
         }
-    }
-
-    #[test]
-    fn the_oldest_delivery_is_forgotten_first() {
-        let mut done = Done::default();
-        (0..=IDS_MAX as u64).for_each(|id| done.note(id));
-        assert!(!done.ids.contains(&0) && done.ids.contains(&1) && done.ids.len() == IDS_MAX);
     }
 }

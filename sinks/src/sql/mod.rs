@@ -33,8 +33,9 @@ One multi-row INSERT per delivery, in one transaction; with `key` an upsert, so 
 json as `jsonb` (MySQL `json`, SQLite text); with `key` as the primary key. Into an existing table, values are converted as an INSERT does.
 
 ## Delivery
-Exactly once: the number of the delivery is kept in the table `tailwater_deliveries` and moves on in the same transaction, so
-that a delivery that is repeated after a crash is passed over. With `exactly_once: false`: at least once.
+Exactly once: the number of the last row is kept in the table `tailwater_deliveries` and moves on in the same transaction as
+the rows, so that rows that are delivered again after a crash are passed over. For that, rows wait for the checkpoint that has
+them (`checkpoint: {every: 1s}`). With `exactly_once: false`: at least once, and at once.
 Rows wait in the outbox while the database is away.
 
 ## Limits
@@ -71,7 +72,8 @@ pub struct SqlConfig {
     /// Whether to create the table if it is missing. Default false: a mistyped name should not make a table.
     #[serde(default)]
     pub create: bool,
-    /// Whether a repeated delivery is passed over. Default true; costs one small UPDATE per delivery.
+    /// Whether repeated rows are passed over. Default true; costs one small UPDATE per delivery, and the wait for the
+    /// checkpoint.
     #[serde(default = "exactly_once_default")]
     pub exactly_once: bool,
     /// Table that remembers the deliveries, created if missing. Default `tailwater_deliveries`.
@@ -284,13 +286,18 @@ impl OutboxSink for SqlSink {
         Ok(())
     }
 
+    fn is_exactly_once(&self) -> bool {
+        self.deliveries.is_some()
+    }
+
     async fn deliver(&mut self, input: usize, rows: &RecordBatch, id: u64) -> Result<()> {
         // Taken out: if this future is dropped or fails half-way, the connection with its open transaction goes too.
         let mut open = self.open.take().ok_or_else(|| Error::outside("not connected"))?;
         let table = self.tables.get(input).ok_or_else(|| Error::internal(format!("no input {input}")))?;
         let columns = Columns::new(rows, table, &self.server)?;
         let written = columns.rows_to_write(rows.num_rows(), table);
-        let delivery = Delivery { sink: self, table, columns, casts: &open.casts[input], input, id };
+        let first = id.saturating_sub(rows.num_rows() as u64);
+        let delivery = Delivery { sink: self, table, columns, casts: &open.casts[input], input, first, id };
         let deliver = delivery.run(&mut open.connection, &written);
         let refused = tokio::time::timeout(DELIVERY_TIMEOUT, deliver)
             .await
@@ -316,6 +323,8 @@ struct Delivery<'a> {
     columns: Columns,
     casts: &'a [String],
     input: usize,
+    /// Numbers of the rows: after `first`, up to and with `id`.
+    first: u64,
     id: u64,
 }
 
@@ -329,16 +338,15 @@ struct Refused {
 impl Delivery<'_> {
     /// Writes all rows in one transaction; if values are refused, once more with the wrong rows left out.
     async fn run(&self, connection: &mut Connection, rows: &[usize]) -> Result<Refused> {
-        if !self.begin(connection).await? {
-            return Ok(Refused::default());
-        }
+        let Some(known) = self.begin(connection).await? else { return Ok(Refused::default()) };
+        let rows = &rows[rows.partition_point(|row| *row < known)..];
         let mut refused = Refused::default();
         match self.write_all(connection, rows).await {
             Ok(()) => {}
             Err(Failure::Other(error)) => return Err(error),
             Err(Failure::Values(_)) => {
                 connection.run("ROLLBACK").await?;
-                if !self.begin(connection).await? {
+                if self.begin(connection).await?.is_none() {
                     return Ok(Refused::default());
                 }
                 refused = self.write_around(connection, rows).await?;
@@ -348,32 +356,34 @@ impl Delivery<'_> {
         Ok(refused)
     }
 
-    /// Opens the transaction. `false` if this delivery is in the database already.
-    async fn begin(&self, connection: &mut Connection) -> Result<bool> {
+    /// Opens the transaction and says how many of the first rows are in the database already; `None` if all are.
+    async fn begin(&self, connection: &mut Connection) -> Result<Option<usize>> {
         let server = &self.sink.server;
         connection.run(server.begin()).await?;
-        let Some(deliveries) = &self.sink.deliveries else { return Ok(true) };
+        let Some(deliveries) = &self.sink.deliveries else { return Ok(Some(0)) };
         let line = [self.sink.name.as_str(), self.sink.inputs[self.input].as_str()];
         // The first statement, and it locks the line: a commit of a lost connection that is still under way
         // ends before we look.
-        if connection.run_with(&server.claim_delivery(deliveries, self.id), line).await? > 0 {
-            return Ok(true);
+        if connection.run_with(&server.claim_delivery(deliveries, self.first, self.id), line).await? > 0 {
+            return Ok(Some(0));
         }
-        let last = connection.number(&server.last_delivery(deliveries), line).await?;
+        let Some(last) = connection.number(&server.last_delivery(deliveries), line).await? else {
+            connection.run("ROLLBACK").await?;
+            return Err(Error::outside(format!("the line of this sink is gone from `{deliveries}`")));
+        };
+        let last = u64::try_from(last).unwrap_or_default();
+        tracing::info!(
+            sink = line[0],
+            pipeline = line[1],
+            last,
+            self.id,
+            "rows up to `last` are in the database already"
+        );
+        if last < self.id && connection.run_with(&server.claim_delivery(deliveries, last, self.id), line).await? > 0 {
+            return Ok(usize::try_from(last.saturating_sub(self.first)).ok());
+        }
         connection.run("ROLLBACK").await?;
-        match last {
-            Some(last) => {
-                tracing::info!(
-                    sink = line[0],
-                    pipeline = line[1],
-                    id = self.id,
-                    last,
-                    "delivery is in the database already"
-                );
-                Ok(false)
-            }
-            None => Err(Error::outside(format!("the line of this sink is gone from `{deliveries}`"))),
-        }
+        Ok(None)
     }
 
     /// Writes the rows with as few statements as the limits allow.

@@ -203,15 +203,18 @@ impl Server {
         }
     }
 
-    /// Moves the line on to a delivery; touches no row if it is there already.
-    pub(super) fn claim_delivery(&self, table: &str, id: u64) -> String {
+    /// Moves the line on to a delivery of the rows after `first`; touches no row if some of them are there already.
+    pub(super) fn claim_delivery(&self, table: &str, first: u64, id: u64) -> String {
         let [sink, input, column] = ["sink", "input", "id"].map(|name| self.quote_column(name));
-        let (first, second) = self.two_values();
+        let (of_sink, of_input) = self.two_values();
         let table = self.quote(table);
-        format!("UPDATE {table} SET {column} = {id} WHERE {sink} = {first} AND {input} = {second} AND {column} < {id}")
+        format!(
+            "UPDATE {table} SET {column} = {id} \
+             WHERE {sink} = {of_sink} AND {input} = {of_input} AND {column} <= {first}"
+        )
     }
 
-    /// The last delivery done.
+    /// The number of the last row that is there.
     pub(super) fn last_delivery(&self, table: &str) -> String {
         let [sink, input, id] = ["sink", "input", "id"].map(|name| self.quote_column(name));
         let (first, second) = self.two_values();

@@ -59,6 +59,8 @@ pub(super) struct Message {
     pub(super) topic: Bytes,
     pub(super) payload: Bytes,
     pub(super) id: PacketId,
+    /// Whether the broker says that it has sent it before (DUP).
+    pub(super) again: bool,
 }
 
 /// What an acknowledgement names: the packet id and the quality of service, which decides its kind.

@@ -7,7 +7,6 @@ use std::pin::pin;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use bytes::{BufMut, Bytes, BytesMut};
 use pipeline::batch::BATCH_ROWS_MAX;
 use pipeline::error::{Error, Result};
 use pipeline::plugin::{Acknowledger, PushReader, Reader, Record};
@@ -15,6 +14,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
 use super::client::{Event, Message, PacketId, Request, Requests, connection_gone};
+use super::metadata::Metadata;
 use super::socket::Client;
 
 /// Messages that wait for the engine. MQTT has no more packet ids, so a broker that waits for acknowledgements
@@ -27,19 +27,20 @@ const QUEUE_BYTES_MAX: u32 = 64 << 20;
 
 /// Starts to poll the connection. `events` happened while it was made; `resumes` says whether the broker sends
 /// unacknowledged messages again after a reconnect; messages longer than `bytes_max` are cut to one byte more,
-/// by which [`super::decode`] knows them. The task ends by itself after the reader and the acknowledger.
+/// by which [`super::decode`] knows them; `session` is the number of the broker's session. The task ends by itself after the reader and the acknowledger.
 pub(super) fn start(
     client: Box<dyn Client>,
     events: Vec<Event>,
     resumes: bool,
     bytes_max: usize,
+    session: u32,
 ) -> (Reader, JoinHandle<()>) {
     let (sender, receiver) = mpsc::channel(QUEUE_MESSAGES_MAX);
     let room = Arc::new(Semaphore::new(QUEUE_BYTES_MAX as usize));
     let goodbye = Arc::new(Goodbye(client.requests()));
     let queue = Queue { sender, room: Arc::clone(&room), bytes_max };
     let task = tokio::spawn(drive(client, events, queue));
-    let reader = MqttReader { receiver, room, resumes, failed: None, _goodbye: Arc::clone(&goodbye) };
+    let reader = MqttReader { receiver, room, resumes, session, failed: None, _goodbye: Arc::clone(&goodbye) };
     (Reader::Push(Box::new(reader), Box::new(MqttAcknowledger { goodbye })), task)
 }
 
@@ -114,6 +115,7 @@ struct MqttReader {
     receiver: mpsc::Receiver<Result<Message>>,
     room: Arc<Semaphore>,
     resumes: bool,
+    session: u32,
     /// Why the connection broke, until the messages before it are taken.
     failed: Option<Error>,
     _goodbye: Arc<Goodbye>,
@@ -160,23 +162,9 @@ impl MqttReader {
             // They can no longer be acknowledged and come again: taken now, they would be there twice.
             messages.retain(|message| message.id.qos == 0);
         }
-        messages.into_iter().map(record).collect()
+        let session = self.session;
+        messages.into_iter().map(|message| Metadata::of(&message, session).record(message)).collect()
     }
-}
-
-/// Metadata is the packet id in two bytes, big-endian, and the topic. A message that comes again after a
-/// reconnect has the same metadata and payload, at least from Mosquitto.
-fn record(message: Message) -> Record {
-    let mut metadata = BytesMut::with_capacity(2 + message.topic.len());
-    metadata.put_u16(message.id.number);
-    metadata.put_slice(&message.topic);
-    Record { payload: message.payload, metadata: metadata.freeze(), token: message.id.to_token() }
-}
-
-/// The topic in a record's metadata.
-pub(super) fn topic_of(metadata: &Bytes) -> Result<&str, String> {
-    let topic = metadata.get(2..).unwrap_or_default();
-    std::str::from_utf8(topic).map_err(|e| format!("the topic is not UTF-8: {e}"))
 }
 
 struct MqttAcknowledger {

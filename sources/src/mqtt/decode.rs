@@ -7,7 +7,7 @@ use pipeline::plugin::{Decoded, Decoder, Record, RowError};
 use pipeline::rows::{Cell, Row, RowsBuilder};
 use serde_json::value::RawValue;
 
-use super::connection::topic_of;
+use super::metadata::Metadata;
 use super::topic::Topic;
 use super::{Columns, MqttConfig};
 
@@ -67,7 +67,7 @@ impl MqttDecoder {
         if record.payload.len() as u64 > self.max_message.0 {
             return Err(format!("the message is larger than `max_message: {}`", self.max_message));
         }
-        let topic = topic_of(&record.metadata)?;
+        let topic = Metadata::topic(&record.metadata)?;
         if let Some(column) = self.payload_column {
             let mut row = self.row(topic)?;
             self.builder.set(&mut row, column, Cell::Bytes(&record.payload))?;

@@ -6,6 +6,7 @@ mod client;
 mod connection;
 mod decode;
 mod discover;
+mod metadata;
 mod session;
 mod socket;
 mod topic;
@@ -20,7 +21,9 @@ use futures::future::BoxFuture;
 use pipeline::config::{At, ByteSize, CheckContext, Duration, Fields, Secret, SecretUrl};
 use pipeline::error::{Error, Result};
 use pipeline::network::{Address, tls_client};
-use pipeline::plugin::{Decoder, Delivery, Reader, Schedule, Source, SourceConfig, SourceContext, SourceShape};
+use pipeline::plugin::{
+    Decoder, Delivery, Reader, Receipts, Schedule, Source, SourceConfig, SourceContext, SourceShape,
+};
 use pipeline::rows::RowsBuilder;
 use pipeline::schema::FieldType;
 use rustls::ClientConfig;
@@ -30,6 +33,7 @@ use tokio::task::JoinHandle;
 
 use client::{Event, PACKET_BYTES_MAX, Request, Settings};
 use decode::MqttDecoder;
+use metadata::MqttReceipts;
 use session::{Change, Session, Subscribed};
 use socket::{Client, Socket};
 use topic::Topic;
@@ -211,6 +215,10 @@ impl SourceConfig for MqttConfig {
         let topics = self.parsed_topics();
         let columns = Columns::of(self, &topics);
         Some(Box::new(MqttDecoder::new(self, topics, &columns)))
+    }
+
+    fn receipts(&self) -> Option<Box<dyn Receipts>> {
+        Some(Box::new(MqttReceipts::default()))
     }
 
     fn discover(&self, cx: SourceContext) -> BoxFuture<'_, Result<Fields>> {
@@ -473,11 +481,12 @@ impl Source for MqttSource {
         let change = session.change(present, &wanted);
         let events = subscribe(client.as_mut(), &change, settings.qos).await?;
         let path = self.path.clone();
-        let session = blocking(move || session.subscribed(wanted, &path)).await?;
+        let session = blocking(move || session.subscribed(present, wanted, &path)).await?;
+        let number = session.sessions;
         self.session = Some(session);
         let resumes = persistent && settings.qos > 0;
         let bytes_max = usize::try_from(self.config.max_message.value.0).unwrap_or(usize::MAX);
-        let (reader, task) = connection::start(client, events, resumes, bytes_max);
+        let (reader, task) = connection::start(client, events, resumes, bytes_max, number);
         self.last_task = Some(task);
         Ok(reader)
     }

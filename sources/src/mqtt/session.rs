@@ -21,6 +21,9 @@ pub(super) struct Session {
     /// What the broker last confirmed; empty before that.
     #[serde(default)]
     subscribed: Subscribed,
+    /// How many sessions the broker has begun for this client: packet ids of different ones have nothing in common.
+    #[serde(default)]
+    pub(super) sessions: u32,
 }
 
 /// A confirmed subscription.
@@ -60,7 +63,7 @@ impl Session {
             (Some(session), Some(id)) if session.client_id == id => Ok(session),
             (_, id) => {
                 let client_id = id.map_or_else(|| new_client_id(source), str::to_owned);
-                let session = Self { client_id, subscribed: Subscribed::default() };
+                let session = Self { client_id, subscribed: Subscribed::default(), sessions: 0 };
                 session.store(path)?;
                 Ok(session)
             }
@@ -99,9 +102,10 @@ impl Session {
         self.subscribed.server == server
     }
 
-    /// The session after the broker confirmed `wanted`.
-    pub(super) fn subscribed(mut self, wanted: Subscribed, path: &Path) -> Result<Self> {
-        if self.subscribed != wanted {
+    /// The session after the broker confirmed `wanted`; `present` says whether it had kept the one before.
+    pub(super) fn subscribed(mut self, present: bool, wanted: Subscribed, path: &Path) -> Result<Self> {
+        if !present || self.subscribed != wanted {
+            self.sessions = self.sessions.wrapping_add(u32::from(!present));
             self.subscribed = wanted;
             self.store(path)?;
         }
@@ -124,7 +128,7 @@ mod tests {
 
     #[test]
     fn a_kept_session_is_asked_only_for_what_changed() {
-        let session = Session { client_id: "id".into(), subscribed: subscribed("host:1", 1, &["a", "b"]) };
+        let session = Session { client_id: "id".into(), subscribed: subscribed("host:1", 1, &["a", "b"]), sessions: 1 };
         for (present, wanted, subscribe, unsubscribe) in [
             (true, subscribed("host:1", 1, &["a", "b"]), vec![], vec![]),
             (true, subscribed("host:1", 1, &["b", "c"]), vec!["c"], vec!["a"]),

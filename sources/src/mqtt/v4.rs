@@ -43,6 +43,7 @@ impl Protocol for V4 {
                 topic: Bytes::from(publish.topic),
                 payload: publish.payload,
                 id: PacketId { number: publish.pkid, qos: publish.qos as u8 },
+                again: publish.dup,
             })),
             Packet::PubRel(release) => Incoming::Release(release.pkid),
             Packet::SubAck(answer) => {

@@ -50,6 +50,7 @@ impl Protocol for V5 {
                 topic: publish.topic,
                 payload: publish.payload,
                 id: PacketId { number: publish.pkid, qos: publish.qos as u8 },
+                again: publish.dup,
             })),
             Packet::PubRel(release) => Incoming::Release(release.pkid),
             Packet::SubAck(answer) => {

@@ -1,17 +1,21 @@
 //! `list`: the elements of a list, taken one by one and confirmed once the engine has them.
 //!
 //! An element is moved to a second list, the processing list, in the same command that takes it, and leaves that
-//! when it is acknowledged. What is there at connect was taken and never acknowledged, and comes first.
+//! when it is acknowledged. What is there at connect was taken and never acknowledged, and comes first. A hash beside
+//! it counts the elements that have left: so every element has a number, by which one that comes again is known.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use bytes::Bytes;
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use pipeline::error::Result;
-use pipeline::plugin::source::{Acknowledger, PushReader, Reader, Record, Source};
+use pipeline::plugin::source::{Acknowledger, PushReader, Reader, Receipt, Receipts, Record, Source};
+use pipeline::state::{StateReader, StateWriter};
 use schemars::JsonSchema;
 use serde::Deserialize;
+use uuid::Uuid;
+use xxhash_rust::xxh3::xxh3_64;
 
 use wire::redis::{Command, Connection, Endpoint, PATIENCE, Reply};
 
@@ -21,6 +25,20 @@ const BLOCK: Duration = Duration::from_secs(5);
 
 /// Most elements taken in one round trip: enough to hide the round trip, few enough that a reply stays small.
 const POP_MAX: usize = 512;
+
+/// Elements whose text is remembered, to know one that comes again: more than can be taken and not acknowledged.
+const REMEMBERED_MAX: usize = 1 << 16;
+
+/// Confirms the elements before number `ARGV[1]`: those that have not left yet leave the processing list `KEYS[1]`, and
+/// the count `KEYS[2]` goes with them. Repeated, or late, it does nothing.
+const CONFIRM: &str = "\
+local count = tonumber(redis.call('HGET', KEYS[2], 'count') or '0')
+local left = tonumber(ARGV[1]) - count
+if left > 0 then
+  redis.call('LTRIM', KEYS[1], 0, -(left + 1))
+  redis.call('HSET', KEYS[2], 'count', ARGV[1])
+end
+return left";
 
 /// The end of a list that elements are taken from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
@@ -58,17 +76,41 @@ impl Source for ListSource {
         // Two connections: an acknowledgement does not wait behind a blocking pop.
         let mut connection = self.endpoint.connect(1).await?;
         super::warn_if_volatile(&mut connection, &self.name, &mut self.warned).await?;
+        let counted = format!("{}:count", self.processing);
+        let (list_id, first) = count(&mut connection, &counted).await?;
         let left_over = unacknowledged(&mut connection, &self.processing).await?;
         let acknowledging = self.endpoint.connect(1).await?;
         let reader = ListReader {
             connection,
             pop: Pop { list: self.list.clone(), processing: self.processing.clone(), end: self.pop },
+            again: left_over.len(),
             left_over,
             waiting: 0,
-            taken: 0,
+            list_id,
+            next: first,
         };
-        let acknowledger = ListAcknowledger { connection: acknowledging, processing: self.processing.clone() };
+        let processing = self.processing.clone();
+        let acknowledger = ListAcknowledger { connection: acknowledging, processing, counted };
         Ok(Reader::Push(Box::new(reader), Box::new(acknowledger)))
+    }
+}
+
+/// What tells this processing list from another one of the same name, and the number of its oldest element.
+async fn count(connection: &mut Connection, counted: &str) -> Result<(u64, u64)> {
+    let id = Uuid::new_v4().simple().to_string();
+    let commands = [
+        Command::new("HSETNX").args([counted.to_owned(), "id".to_owned(), id]),
+        Command::new("HGET").args([counted, "id"].map(str::to_owned)),
+        Command::new("HGET").args([counted, "count"].map(str::to_owned)),
+    ];
+    let replies = connection.pipeline(&commands, PATIENCE).await?;
+    match replies.as_slice() {
+        [Reply::Int(_), Reply::Text(id), count] => {
+            let count = count.as_str().and_then(|count| count.parse().ok()).unwrap_or_default();
+            Ok((xxh3_64(id), count))
+        }
+        [other, ..] => Err(unexpected(connection, counted, other)),
+        [] => Err(connection.error(format!("`{counted}`: no reply"))),
     }
 }
 
@@ -122,10 +164,13 @@ struct ListReader {
     pop: Pop,
     /// Elements of an earlier connection that were not acknowledged.
     left_over: VecDeque<Bytes>,
+    /// How many of the next elements may have been given out on an earlier connection.
+    again: usize,
     /// How many elements the list held when last asked.
     waiting: usize,
-    /// Elements given out on this connection.
-    taken: u64,
+    list_id: u64,
+    /// Number of the next element.
+    next: u64,
 }
 
 #[async_trait]
@@ -136,8 +181,10 @@ impl PushReader for ListReader {
             elements = if self.waiting == 0 { self.pop_waiting().await? } else { self.pop_many().await? };
         }
         let records = elements.into_iter().map(|payload| {
-            self.taken += 1;
-            Record { payload, metadata: Bytes::new(), token: self.taken }
+            let place = Place { again: self.again > 0, list_id: self.list_id, number: self.next };
+            self.again = self.again.saturating_sub(1);
+            self.next += 1;
+            Record { payload, metadata: place.metadata(), token: self.next }
         });
         Ok(records.collect())
     }
@@ -192,23 +239,131 @@ impl ListReader {
     }
 }
 
+/// Where an element stands, as a record's metadata keeps it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    /// Whether it was in the processing list when the connection was made.
+    again: bool,
+    list_id: u64,
+    number: u64,
+}
+
+impl Place {
+    fn metadata(self) -> Bytes {
+        let mut bytes = BytesMut::with_capacity(17);
+        bytes.put_u8(u8::from(self.again));
+        bytes.put_u64(self.list_id);
+        bytes.put_u64(self.number);
+        bytes.freeze()
+    }
+
+    fn of(mut metadata: &[u8]) -> Option<Self> {
+        (metadata.len() == 17).then(|| Self {
+            again: metadata.get_u8() != 0,
+            list_id: metadata.get_u64(),
+            number: metadata.get_u64(),
+        })
+    }
+}
+
+/// The elements that were received last.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct ListReceipts {
+    list_id: u64,
+    /// Number of the element after the last one.
+    next: u64,
+    /// Hashes of the last elements. A server that was set back to an older state gives numbers out again; the text
+    /// tells that.
+    hashes: VecDeque<u64>,
+}
+
+impl Receipts for ListReceipts {
+    fn receive(&mut self, record: &Record, _ingest_us: i64) -> Receipt {
+        let Some(place) = Place::of(&record.metadata) else { return Receipt::New };
+        let hash = xxh3_64(&record.payload);
+        if place.list_id == self.list_id && place.again && place.number < self.next {
+            let back = usize::try_from(self.next - place.number).unwrap_or(usize::MAX);
+            let known = self.hashes.len().checked_sub(back).map(|index| self.hashes[index]);
+            if known.is_none_or(|known| known == hash) {
+                return Receipt::Repeated;
+            }
+        }
+        if place.list_id != self.list_id || place.number != self.next {
+            self.hashes.clear();
+        }
+        self.list_id = place.list_id;
+        self.next = place.number + 1;
+        if self.hashes.len() == REMEMBERED_MAX {
+            self.hashes.pop_front();
+        }
+        self.hashes.push_back(hash);
+        Receipt::New
+    }
+
+    fn snapshot(&self, state: &mut StateWriter) {
+        state.u64(self.list_id);
+        state.u64(self.next);
+        state.u64(self.hashes.len() as u64);
+        self.hashes.iter().for_each(|hash| state.u64(*hash));
+    }
+
+    fn restore(&mut self, state: &mut StateReader<'_>) -> Result<()> {
+        self.list_id = state.u64()?;
+        self.next = state.u64()?;
+        self.hashes = (0..state.count()?).map(|_| state.u64()).collect::<Result<_>>()?;
+        Ok(())
+    }
+}
+
 struct ListAcknowledger {
     connection: Connection,
     processing: String,
+    counted: String,
 }
 
 #[async_trait]
 impl Acknowledger for ListAcknowledger {
     /// Records come in the order of receipt, so they are the oldest, the ones on the right.
     async fn acknowledge(&mut self, tokens: &[u64]) -> Result<()> {
-        if tokens.is_empty() {
-            return Ok(());
-        }
-        let keep = ["0".to_owned(), format!("-{}", tokens.len() + 1)];
-        let trim = Command::new("LTRIM").arg(self.processing.clone()).args(keep);
-        match self.connection.call(trim, PATIENCE).await? {
+        let Some(next) = tokens.last() else { return Ok(()) };
+        let keys = ["2".to_owned(), self.processing.clone(), self.counted.clone()];
+        let confirm = Command::new("EVAL").arg(CONFIRM.to_owned()).args(keys).arg(next.to_string());
+        match self.connection.call(confirm, PATIENCE).await? {
             Reply::Error(words) => Err(self.connection.error(format!("list `{}`: {words}", self.processing))),
             _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_element_comes_again_if_its_number_and_its_text_say_so() {
+        let record = |again, list_id, number, payload: &'static str| {
+            let metadata = Place { again, list_id, number }.metadata();
+            Record { payload: payload.into(), metadata, token: 0 }
+        };
+        for (case, received, expected) in [
+            ("the next one", record(false, 1, 2, "c"), Receipt::New),
+            ("the last one again", record(true, 1, 1, "b"), Receipt::Repeated),
+            ("the first one again", record(true, 1, 0, "a"), Receipt::Repeated),
+            ("left over, not received", record(true, 1, 2, "c"), Receipt::New),
+            ("the server was set back and took another", record(true, 1, 1, "x"), Receipt::New),
+            ("the server was set back", record(false, 1, 1, "b"), Receipt::New),
+            ("another list", record(true, 2, 1, "b"), Receipt::New),
+        ] {
+            let mut receipts = ListReceipts::default();
+            for (number, payload) in [(0, "a"), (1, "b")] {
+                assert_eq!(receipts.receive(&record(false, 1, number, payload), 0), Receipt::New, "{case}");
+            }
+            let mut state = StateWriter::default();
+            receipts.snapshot(&mut state);
+            let mut restored = ListReceipts::default();
+            restored.restore(&mut StateReader::new(&state.finish())).expect("a state");
+            assert_eq!(restored, receipts, "{case}");
+            assert_eq!(restored.receive(&received, 0), expected, "{case}");
         }
     }
 }

@@ -5,7 +5,7 @@ use indexmap::IndexMap;
 use pipeline::config::{At, CheckContext, Duration, Fields, SecretUrl};
 use pipeline::error::{Error, Result};
 use pipeline::plugin::source::{
-    Decoded, Decoder, Delivery, Record, RowError, Schedule, Source, SourceConfig, SourceContext, SourceShape,
+    Decoded, Decoder, Delivery, Receipts, Record, RowError, Schedule, Source, SourceConfig, SourceContext, SourceShape,
 };
 use pipeline::rows::{Cell, RowsBuilder};
 use pipeline::schema::FieldType;
@@ -21,7 +21,7 @@ mod stream;
 pub use list::ListEnd;
 pub use stream::StreamColumn;
 
-use list::ListSource;
+use list::{ListReceipts, ListSource};
 use poll::{PollSource, Reads};
 use pubsub::PubsubSource;
 use stream::{Layout, Start, StreamSource};
@@ -49,7 +49,8 @@ shell does: `HGET \"my hash\" field`. A field with a path picks one value from `
 
 - `read`: a sample of the state at each poll. `on_demand: true` polls only while somebody wants rows.
 - `stream`: the id of the last entry is in the checkpoint; nothing lost, nothing twice. No consumer group is needed.
-- `list`: an element moves to the list `NAME:processing` and leaves it when it is acknowledged; after a crash it comes again.
+- `list`: an element moves to the list `NAME:processing` and leaves it when it is on disk here. `NAME:processing:count` counts
+  those that left, so that one that comes again after a crash is known: none is lost, none counts twice.
   When a connection is lost in the moment between, elements come twice.
 - `channels`: best effort. Redis keeps nothing for those who are away.
 
@@ -232,6 +233,10 @@ fields: {total_messages: int}
                 Some(Box::new(MessageDecoder { rows, raw_column, with_channel: self.list.is_none() }))
             }
         }
+    }
+
+    fn receipts(&self) -> Option<Box<dyn Receipts>> {
+        self.list.as_ref().map(|_| Box::new(ListReceipts::default()) as Box<dyn Receipts>)
     }
 
     fn discover(&self, cx: SourceContext) -> BoxFuture<'_, Result<Fields>> {

@@ -1,5 +1,7 @@
 //! Takes JSON messages by `POST` on the server's own listener.
 
+mod idempotency;
+
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -13,8 +15,8 @@ use pipeline::error::{Error, Result};
 use pipeline::http::respond::{self, BodyError};
 use pipeline::http::{Handler, Request, Response};
 use pipeline::plugin::{
-    Acknowledger, Decoded, Decoder, Delivery, Mount, PushReader, Reader, Record, RowError, Schedule, Source,
-    SourceConfig, SourceContext, SourceShape,
+    Acknowledger, Decoded, Decoder, Delivery, Mount, PushReader, Reader, Receipts, Record, Rejection, RowError,
+    Schedule, Source, SourceConfig, SourceContext, SourceShape,
 };
 use pipeline::rows::{Cell, Row, RowsBuilder};
 use pipeline::schema::FieldType;
@@ -26,6 +28,8 @@ use serde_json::{Value, json};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 
+use idempotency::{HttpReceipts, Request as RequestId};
+
 const PAGE: &str = "\
 Takes JSON messages by `POST` on the server's own listener.
 
@@ -35,7 +39,8 @@ message is wrong. Other names are skipped. A body is one object, an array of obj
 lines). Without `fields`, the whole body (of `application/x-ndjson`: each line) is one row with the column
 `payload: string`, as it came.
 
-The answer comes once the rows have entered the graph (a crash before the next checkpoint still loses them):
+The answer comes once the messages are on disk (`checkpoint: {durability: power}`, the default: synced), so that no crash
+loses them:
 
     {\"accepted\":2,\"rejected\":1,\"errors\":[{\"line\":3,\"error\":\"field `x`: expected int, found \\\"fast\\\"\"}]}
 
@@ -48,11 +53,14 @@ by the source and go to its `errors:` sink, like those of any other source.
 | 400 | nothing was accepted: every message is wrong, the body is empty or no JSON |
 | 408 | the body took longer than 30 s |
 | 413 | the body is longer than `max_body` |
+| 422 | another body came with the same `Idempotency-Key` before |
 | 503 | the graph is starting, stopping, or busy; `Retry-After` says when to send the same body again |
 
 ## Delivery
-A message is acknowledged (200) after it was accepted. A client that got no answer, or 503, sends again; then a message
-may come twice, so give it an id and use `deduplicate` if that matters.
+A message is acknowledged (200) once it is on disk. A client that got no answer, or 503, sends the same body again, with
+the same header `Idempotency-Key: ANY-TEXT` as before: then nothing counts twice, and the answer is that of the first time.
+Keys are remembered for a day, the newest 65,536 of them, through restarts. Without the header a message that is sent again
+counts again; give it an id and use `deduplicate` if that matters.
 
 ## Limits
 Bodies of at most `max_body`; at most 32 MiB and 1024 requests wait to be accepted, a further one is answered 503. The
@@ -77,6 +85,8 @@ const BODY_WITHIN: Duration = Duration::from_secs(30);
 /// How long a request waits for its messages to be accepted before it is answered 503. Shorter than the minute
 /// after which common proxies give up by themselves.
 const ACCEPTED_WITHIN: Duration = Duration::from_secs(30);
+/// The header by which a client says that a body is the same as before.
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// Seconds after which a client answered 503 should send again.
 const RETRY_AFTER_S: HeaderValue = HeaderValue::from_static("1");
 /// The column without `fields`.
@@ -160,6 +170,10 @@ required: [device_id]
     fn decoder(&self) -> Option<Box<dyn Decoder>> {
         Some(Box::new(self.columns()))
     }
+
+    fn receipts(&self) -> Option<Box<dyn Receipts>> {
+        Some(Box::new(HttpReceipts::default()))
+    }
 }
 
 impl HttpConfig {
@@ -238,8 +252,20 @@ struct Inlet {
 /// The messages of one request. Dropping it tells the handler that they were not accepted.
 struct Posted {
     messages: Vec<Bytes>,
-    reply: oneshot::Sender<bool>,
+    id: Option<RequestId>,
+    reply: oneshot::Sender<Verdict>,
     room: OwnedSemaphorePermit,
+}
+
+/// What became of a request's messages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Verdict {
+    /// They are on disk.
+    Accepted,
+    /// The source cannot take them.
+    Failed,
+    /// They never can be taken, for this reason.
+    Refused(String),
 }
 
 impl Default for Inlet {
@@ -267,7 +293,7 @@ impl Inlet {
     }
 
     /// Hands messages to the reader. What comes back tells whether they were accepted.
-    fn post(&self, messages: Vec<Bytes>) -> Result<oneshot::Receiver<bool>, Refusal> {
+    fn post(&self, messages: Vec<Bytes>, id: Option<RequestId>) -> Result<oneshot::Receiver<Verdict>, Refusal> {
         let bytes: usize = messages.iter().map(|message| message.len() + MESSAGE_OVERHEAD_BYTES).sum();
         // A body larger than all the room (`max_body` says how large) waits alone.
         let weight = u32::try_from(bytes.min(WAITING_BYTES_MAX)).unwrap_or(u32::MAX);
@@ -275,7 +301,7 @@ impl Inlet {
         let (reply, accepted) = oneshot::channel();
         let sender = lock(&self.sender);
         let sender = sender.as_ref().ok_or(Refusal::NotRead)?;
-        sender.try_send(Posted { messages, reply, room }).map_err(|error| match error {
+        sender.try_send(Posted { messages, id, reply, room }).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => Refusal::Full,
             mpsc::error::TrySendError::Closed(_) => Refusal::NotRead,
         })?;
@@ -289,8 +315,8 @@ struct Waiting {
     count: u64,
     /// Records of it that the engine has said nothing about yet.
     unsettled: u64,
-    accepted: bool,
-    reply: oneshot::Sender<bool>,
+    verdict: Verdict,
+    reply: oneshot::Sender<Verdict>,
     /// Held until the answer: what waits for the disk still counts.
     _room: OwnedSemaphorePermit,
 }
@@ -312,16 +338,16 @@ impl PushReader for Inbox {
         }
         let mut records = Vec::with_capacity(posted.iter().map(|request| request.messages.len()).sum());
         let mut waiting = lock(&self.waiting);
-        for Posted { messages, reply, room } in posted {
+        for Posted { messages, id, reply, room } in posted {
             let (first, count) = (self.next_token, messages.len() as u64);
             self.next_token += count;
             let tokens = first..;
-            records.extend(messages.into_iter().zip(tokens).map(|(payload, token)| Record {
-                payload,
-                metadata: Bytes::new(),
-                token,
+            records.extend((0..).zip(messages).zip(tokens).map(|((number, payload), token)| {
+                let metadata = id.map_or_else(Bytes::new, |id| id.metadata(number));
+                Record { payload, metadata, token }
             }));
-            waiting.push_back(Waiting { first, count, unsettled: count, accepted: true, reply, _room: room });
+            let verdict = Verdict::Accepted;
+            waiting.push_back(Waiting { first, count, unsettled: count, verdict, reply, _room: room });
         }
         Ok(records)
     }
@@ -334,31 +360,37 @@ struct Replies {
 #[async_trait]
 impl Acknowledger for Replies {
     async fn acknowledge(&mut self, tokens: &[u64]) -> Result<()> {
-        self.settle(tokens, true);
+        self.settle(tokens, &Verdict::Accepted);
         Ok(())
     }
 
-    async fn reject(&mut self, tokens: &[u64]) -> Result<()> {
-        self.settle(tokens, false);
+    async fn reject(&mut self, tokens: &[u64], reason: &Rejection) -> Result<()> {
+        let verdict = match reason {
+            Rejection::Failed => Verdict::Failed,
+            Rejection::Refused(reason) => Verdict::Refused(reason.clone()),
+        };
+        self.settle(tokens, &verdict);
         Ok(())
     }
 }
 
 impl Replies {
     /// Notes what became of records, and answers the requests of which all records are settled.
-    fn settle(&self, tokens: &[u64], accepted: bool) {
+    fn settle(&self, tokens: &[u64], verdict: &Verdict) {
         let mut waiting = lock(&self.waiting);
         for &token in tokens {
             let index = waiting.partition_point(|request| request.first + request.count <= token);
             if let Some(request) = waiting.get_mut(index).filter(|request| request.first <= token) {
                 request.unsettled = request.unsettled.saturating_sub(1);
-                request.accepted &= accepted;
+                if *verdict != Verdict::Accepted {
+                    request.verdict = verdict.clone();
+                }
             }
         }
         while waiting.front().is_some_and(|request| request.unsettled == 0) {
             if let Some(request) = waiting.pop_front() {
                 // The client may have gone away.
-                let _ = request.reply.send(request.accepted);
+                let _ = request.reply.send(request.verdict);
             }
         }
     }
@@ -401,10 +433,13 @@ impl Post {
         let answer = self.examine(&messages);
         if !messages.list.is_empty() {
             // The wrong ones go along: the engine counts them and hands them to `errors:`.
-            let accepted = self.inlet.post(messages.list.into_iter().map(|(_, message)| message).collect())?;
-            match timeout(ACCEPTED_WITHIN, accepted).await {
-                Ok(Ok(true)) => {}
-                Ok(Ok(false) | Err(_)) => return Err(Refusal::NotRead),
+            let id = head.headers.get(&IDEMPOTENCY_KEY).map(|key| RequestId::new(key.as_bytes(), &body));
+            let messages = messages.list.into_iter().map(|(_, message)| message).collect();
+            let verdict = self.inlet.post(messages, id)?;
+            match timeout(ACCEPTED_WITHIN, verdict).await {
+                Ok(Ok(Verdict::Accepted)) => {}
+                Ok(Ok(Verdict::Refused(reason))) => return Err(Refusal::Contradicts(reason)),
+                Ok(Ok(Verdict::Failed) | Err(_)) => return Err(Refusal::NotRead),
                 Err(_) => return Err(Refusal::Full),
             }
         }
@@ -505,6 +540,8 @@ enum Refusal {
     Wrong(String),
     /// Longer than `max_body`.
     TooLong,
+    /// It contradicts an earlier request.
+    Contradicts(String),
     /// The body did not come.
     Slow,
     /// Too much is waiting.
@@ -518,6 +555,7 @@ impl Refusal {
         let source = &post.source;
         match self {
             Self::Wrong(message) => respond::error(StatusCode::BAD_REQUEST, message),
+            Self::Contradicts(message) => respond::error(StatusCode::UNPROCESSABLE_ENTITY, message),
             Self::TooLong => {
                 let limit = ByteSize(post.body_bytes_max as u64);
                 let message = format!("the body is longer than {limit} (`max_body` of source `{source}`)");
@@ -572,19 +610,19 @@ mod tests {
     fn requests_beyond_the_room_are_refused_until_others_are_answered() {
         let body = |bytes: usize| vec![Bytes::from(vec![b' '; bytes])];
         let inlet = Inlet::default();
-        assert!(matches!(inlet.post(body(1)), Err(Refusal::NotRead)));
+        assert!(matches!(inlet.post(body(1), None), Err(Refusal::NotRead)));
         let mut posted = inlet.open();
         for bytes in [WAITING_BYTES_MAX / 2, WAITING_BYTES_MAX * 2] {
             assert!(inlet.ready().is_ok());
-            let answer = inlet.post(body(bytes)).ok().expect("there is room");
-            let busy = inlet.post(body(WAITING_BYTES_MAX / 2));
+            let answer = inlet.post(body(bytes), None).ok().expect("there is room");
+            let busy = inlet.post(body(WAITING_BYTES_MAX / 2), None);
             assert!(matches!(busy, Err(Refusal::Full)), "half of the room and more is taken");
             drop((posted.try_recv().expect("what was posted"), answer));
         }
         for _ in 0..REQUESTS_WAITING_MAX {
-            assert!(inlet.post(body(1)).is_ok());
+            assert!(inlet.post(body(1), None).is_ok());
         }
-        assert!(matches!(inlet.post(body(1)), Err(Refusal::Full)));
+        assert!(matches!(inlet.post(body(1), None), Err(Refusal::Full)));
         drop(posted);
         assert!(matches!(inlet.ready(), Err(Refusal::NotRead)));
     }
