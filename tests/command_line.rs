@@ -439,21 +439,52 @@ fn graph_prints_text_mermaid_and_graphviz() {
         ),
         (
             "mermaid",
-            "flowchart LR\n  rows[/\"rows<br/>file\"/]\n  load[\"load<br/>filter | window\"]\n  \
-             sink_history[(\"history<br/>parquet\")]\n  sink_out[(\"out<br/>console\")]\n  rows --> load\n  \
-             load --> sink_history\n  load --> sink_out\n",
+            "flowchart LR\n  source_rows[/\"rows<br/>file\"/]\n  pipeline_load[\"load<br/>filter | window\"]\n  \
+             sink_history[(\"history<br/>parquet\")]\n  sink_out[(\"out<br/>console\")]\n  \
+             source_rows --> pipeline_load\n  pipeline_load --> sink_history\n  pipeline_load --> sink_out\n",
         ),
         (
             "dot",
-            "digraph tailwater {\n  rankdir=LR;\n  \"rows\" [shape=parallelogram, label=\"rows\\nfile\"];\n  \
-             \"load\" [shape=box, label=\"load\\nfilter | window\"];\n  \
-             \"sink.history\" [shape=cylinder, label=\"history\\nparquet\"];\n  \
-             \"sink.out\" [shape=cylinder, label=\"out\\nconsole\"];\n  \"rows\" -> \"load\" [label=\"\"];\n  \
-             \"load\" -> \"sink.history\" [label=\"\"];\n  \"load\" -> \"sink.out\" [label=\"\"];\n}\n",
+            "digraph tailwater {\n  rankdir=LR;\n  \"source_rows\" [shape=parallelogram, label=\"rows\\nfile\"];\n  \
+             \"pipeline_load\" [shape=box, label=\"load\\nfilter | window\"];\n  \
+             \"sink_history\" [shape=cylinder, label=\"history\\nparquet\"];\n  \
+             \"sink_out\" [shape=cylinder, label=\"out\\nconsole\"];\n  \
+             \"source_rows\" -> \"pipeline_load\" [label=\"\"];\n  \
+             \"pipeline_load\" -> \"sink_history\" [label=\"\"];\n  \
+             \"pipeline_load\" -> \"sink_out\" [label=\"\"];\n}\n",
         ),
     ] {
         let output = program::run(folder.path(), &["graph", "--format", format]);
         assert_eq!((text(&output.stdout).as_str(), text(&output.stderr).as_str()), (expected, ""), "{format}");
+    }
+}
+
+/// Words of Mermaid and Graphviz are names like others: no line of a drawing begins with a bare one.
+#[test]
+fn a_graph_of_words_that_mean_something_to_mermaid_and_graphviz_is_drawn() {
+    let folder = Scratch::new();
+    let words = ["end", "graph", "subgraph", "class", "click", "node", "style", "digraph", "default", "edge"];
+    let pipelines: String = words.iter().map(|word| format!("  {word}: {{from: flowchart, to: {word}}}\n")).collect();
+    let sinks: String = words.iter().map(|word| format!("  {word}: {{type: console}}\n")).collect();
+    folder.write(
+        "pipelines.yaml",
+        &format!(
+            "sources:\n  flowchart: {{type: file, path: rows.csv, fields: {{x: int}}}}\npipelines:\n{pipelines}sinks:\n{sinks}"
+        ),
+    );
+    for format in ["mermaid", "dot"] {
+        let output = program::run(folder.path(), &["graph", "--format", format]);
+        let drawing = text(&output.stdout);
+        for word in words {
+            for id in [format!("pipeline_{word}"), format!("sink_{word}")] {
+                assert!(drawing.contains(&id), "{format}: {id} in {drawing}");
+            }
+        }
+        for line in drawing.lines().filter(|line| line.starts_with("  ") && *line != "  rankdir=LR;") {
+            let id = line.trim_start().trim_start_matches('"');
+            let kinds = ["source_", "pipeline_", "sink_"];
+            assert!(kinds.iter().any(|kind| id.starts_with(kind)), "{format}: {line}");
+        }
     }
 }
 
