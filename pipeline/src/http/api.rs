@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use async_trait::async_trait;
 use hyper::StatusCode;
-use hyper::header::{CACHE_CONTROL, ETAG, HeaderValue, IF_NONE_MATCH, RETRY_AFTER};
+use hyper::header::{CACHE_CONTROL, ETAG, HeaderValue, RETRY_AFTER};
 use serde_json::{Value, json};
 
 use super::{Handler, Request, Response, Routes, respond};
@@ -201,8 +201,7 @@ impl Api {
         self.live.want_for_a_minute(name);
         let latest = self.live.latest(name).unwrap_or_default();
         let tag = format!("\"{}-{}\"", self.live.epoch, latest.number);
-        let known = request.inner.headers().get(IF_NONE_MATCH).and_then(|value| value.to_str().ok());
-        let mut response = if known.is_some_and(|known| known.split(',').any(|one| one.trim() == tag)) {
+        let mut response = if respond::is_known(request.inner.headers(), &tag) {
             respond::answer(StatusCode::NOT_MODIFIED, "application/json", "")
         } else {
             respond::answer(StatusCode::OK, "application/json", latest_body(name, &self.live.epoch, &latest, &filters))
