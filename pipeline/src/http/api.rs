@@ -1,5 +1,6 @@
 //! The engine's own routes: health, metrics, the graph, the latest rows, connections, history.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -214,25 +215,22 @@ impl Api {
         response
     }
 
+    /// Totals of the live connections; who subscribes to what; how many keys (devices, say) each metric knows.
     fn stats(&self) -> Value {
-        let totals = self.live.status.connections.totals();
-        let mut subscribers = serde_json::Map::new();
-        for metric in self.live.metrics() {
-            subscribers.insert(metric.to_owned(), self.live.subscribers(metric).into());
-        }
+        let live = &self.live;
+        let totals = live.status.connections.totals();
+        let subscribers: BTreeMap<&str, u64> = live.metrics().map(|name| (name, live.subscribers(name))).collect();
+        let keyed = live.metrics().filter(|name| live.keys(name).is_some_and(|keys| !keys.is_empty()));
+        let keys: BTreeMap<&str, usize> = keyed.map(|name| (name, live.keys_seen(name))).collect();
+        let nodes = live.status.nodes();
+        let sources = nodes.iter().filter(|node| node.kind == NodeKind::Source);
         let mut stats = json!(totals);
         stats["has_subscribers"] = (totals.active_connections > 0).into();
-        stats["subscribers"] = Value::Object(subscribers);
-        stats["uptime_seconds"] = ((now_us() - self.live.status.started_us) / 1_000_000).into();
-        let rows: u64 = self
-            .live
-            .status
-            .nodes()
-            .iter()
-            .filter(|n| n.kind == NodeKind::Source)
-            .map(|n| n.rows_out.load(Relaxed))
-            .sum();
-        stats["total_messages_processed"] = rows.into();
+        stats["active_subscribers"] = subscribers.values().sum::<u64>().into();
+        stats["subscribers"] = json!(subscribers);
+        stats["keys"] = json!(keys);
+        stats["uptime_seconds"] = ((now_us() - live.status.started_us) / 1_000_000).into();
+        stats["total_messages_processed"] = sources.map(|node| node.rows_out.load(Relaxed)).sum::<u64>().into();
         stats
     }
 

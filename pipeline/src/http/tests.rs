@@ -205,6 +205,19 @@ async fn prometheus_reads_families_with_help_and_type_before_their_samples() {
     assert!(answer.body.contains(expected), "{}", answer.body);
 }
 
+#[tokio::test]
+async fn stats_count_subscribers_and_keys_of_every_metric() {
+    let served = serve().await;
+    served.update(&[("a", 1), ("b", 2), ("a", 3)], 1);
+    let one = served.live.subscribe(["load".to_owned(), "total".to_owned()]);
+    let _other = served.live.subscribe(["load".to_owned()]);
+    let stats = served.get("/api/v1/stats").await.json();
+    assert_eq!(stats["subscribers"], json!({"load": 2, "total": 1}));
+    assert_eq!((&stats["active_subscribers"], &stats["keys"]), (&json!(3), &json!({"load": 2})));
+    drop(one);
+    assert_eq!(served.get("/api/v1/stats").await.json()["active_subscribers"], 1);
+}
+
 #[test]
 fn parameters_are_decoded_once() {
     for (query, expected) in [
