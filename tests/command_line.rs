@@ -459,6 +459,29 @@ fn graph_prints_text_mermaid_and_graphviz() {
     }
 }
 
+/// A client that never says good-bye holds a stop up for seconds.
+#[test]
+fn a_second_signal_cuts_a_slow_stop_short() {
+    for (first, second, says) in [("TERM", "INT", "Ctrl-C again"), ("INT", "TERM", "SIGTERM again")] {
+        let mut program = Program::start(
+            "sources: {a: {type: generate, rate: 1, columns: {n: seq}}}\npipelines: {p: {from: a, to: live}}\n\
+             sinks: {live: {type: websocket, path: /ws}}\n",
+        );
+        let mut silent = std::net::TcpStream::connect(program.address()).expect("a connection");
+        let upgrade = "GET /ws HTTP/1.1\r\nHost: test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+                       Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+        std::io::Write::write_all(&mut silent, upgrade.as_bytes()).expect("an upgrade");
+        wait_for("the client", || (program.get("/api/v1/stats")["active_connections"] == 1).then_some(()));
+        program.process.signal(first);
+        wait_for("the stop to begin", || {
+            program.process.printed().contains("a second one stops at once").then_some(())
+        });
+        program.process.signal(second);
+        assert_eq!(program.process.wait().code(), Some(130), "{}", program.process.printed());
+        wait_for("the reason", || program.process.printed().contains(says).then_some(()));
+    }
+}
+
 /// Words of Mermaid and Graphviz are names like others: no line of a drawing begins with a bare one.
 #[test]
 fn a_graph_of_words_that_mean_something_to_mermaid_and_graphviz_is_drawn() {

@@ -34,8 +34,9 @@ pub(crate) struct Arguments {
     log_format: LogFormat,
 }
 
-const EXIT_CODES: &str =
-    "Exit codes: 0 done (Ctrl-C and SIGTERM too); 1 wrong arguments, YAML or SQL; 2 anything met while running.";
+const EXIT_CODES: &str = "\
+Exit codes: 0 done (Ctrl-C and SIGTERM too); 1 wrong arguments, YAML or SQL; 2 anything met while running; 130 a stop that a
+second Ctrl-C or SIGTERM has cut short.";
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum LogFormat {
@@ -75,6 +76,8 @@ impl Failure {
     pub(crate) const USER: u8 = 1;
     /// Anything met while running.
     pub(crate) const RUNNING: u8 = 2;
+    /// A second signal has ended a stop: 128 and the number of the interrupt, as shells have it.
+    pub(crate) const CUT_SHORT: u8 = 130;
 
     fn user(message: impl Into<String>) -> Self {
         Self { message: message.into(), code: Self::USER }
