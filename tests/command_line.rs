@@ -482,6 +482,31 @@ fn a_second_signal_cuts_a_slow_stop_short() {
     }
 }
 
+#[test]
+fn a_variable_that_is_not_set_is_one_error() {
+    let folder = Scratch::new();
+    let whole = "sources: {a: {type: generate, rate: 1, columns: {n: seq}}}\npipelines: {p: {from: a, to: out}}\n";
+    for (broken, by) in [
+        ("rate: 1", "rate: \"${NOWHERE}\""),
+        ("n: seq", "n: \"seq + ${NOWHERE}\""),
+        ("type: generate", "type: \"${NOWHERE}\""),
+        ("from: a", "from: \"${NOWHERE}\""),
+        ("to: out", "to: [\"${NOWHERE}\"]"),
+        ("out: {type: console", "out: {type: \"${NOWHERE}\""),
+        ("every: 2s", "every: \"${NOWHERE}\""),
+        ("rows: 50", "rows: \"${NOWHERE}\""),
+    ] {
+        let sinks = "sinks: {out: {type: console, batch: {rows: 50, every: 2s}}}\n";
+        let graph = format!("{whole}{sinks}").replace(broken, by);
+        folder.write("pipelines.yaml", &graph);
+        let output = program::run(folder.path(), &["check"]);
+        let told = text(&output.stdout);
+        let errors: Vec<&str> = told.lines().filter(|line| line.contains(": error: ")).collect();
+        assert!(errors.len() == 1 && errors[0].contains("environment variable `NOWHERE` is not set"), "{by}: {told}");
+        assert_eq!((output.status.code(), text(&output.stderr).contains("has one error")), (Some(1), true), "{by}");
+    }
+}
+
 /// Words of Mermaid and Graphviz are names like others: no line of a drawing begins with a bare one.
 #[test]
 fn a_graph_of_words_that_mean_something_to_mermaid_and_graphviz_is_drawn() {

@@ -170,7 +170,7 @@ impl Loaded {
     }
 
     fn summary(&self) -> String {
-        match self.problems.errors() {
+        match self.problems.errors_told() {
             1 => format!("`{}` has one error", self.path.display()),
             count => format!("`{}` has {count} errors", self.path.display()),
         }
