@@ -305,10 +305,12 @@ fn check_reports_every_mistake_at_once_and_opens_nothing() {
     assert_eq!(names(folder.path()), ["wrong.yaml"]);
     nobody.set_nonblocking(true).expect("non-blocking");
     assert!(nobody.accept().is_err(), "somebody was called");
+    let errors: String =
+        printed.lines().filter(|line| !line.contains(": note: ")).map(|line| format!("{line}\n")).collect();
     for command in ["run", "graph"] {
         let output = run_with(folder.path(), &[("PASSWORD", "hunter2")], &[command, "wrong.yaml"]);
         assert_eq!(output.status.code(), Some(1));
-        assert_eq!(text(&output.stderr), format!("{printed}error: `wrong.yaml` has {} errors\n", MISTAKES.len()));
+        assert_eq!(text(&output.stderr), format!("{errors}error: `wrong.yaml` has {} errors\n", MISTAKES.len()));
     }
     assert_eq!(names(folder.path()), ["wrong.yaml"]);
 }
@@ -504,6 +506,20 @@ fn a_variable_that_is_not_set_is_one_error() {
         let errors: Vec<&str> = told.lines().filter(|line| line.contains(": error: ")).collect();
         assert!(errors.len() == 1 && errors[0].contains("environment variable `NOWHERE` is not set"), "{by}: {told}");
         assert_eq!((output.status.code(), text(&output.stderr).contains("has one error")), (Some(1), true), "{by}");
+    }
+}
+
+#[test]
+fn notes_are_told_by_check_and_not_at_every_start() {
+    let folder = good();
+    let graph = std::fs::read_to_string(folder.path().join("pipelines.yaml")).expect("the graph");
+    folder.write("pipelines.yaml", &format!("{graph}  spare: {{type: console}}\n"));
+    let note = "note: sink spare: no pipeline writes to this sink";
+    assert!(text(&program::run(folder.path(), &["check"]).stdout).contains(note));
+    for arguments in [&["run"] as &[&str], &["graph"], &["query", "SELECT 1"]] {
+        let output = program::run(folder.path(), arguments);
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}");
+        assert!(!text(&output.stderr).contains("note:"), "{arguments:?}: {}", text(&output.stderr));
     }
 }
 

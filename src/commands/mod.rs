@@ -162,10 +162,10 @@ fn hint_for_missing(path: &Path) -> String {
 }
 
 impl Loaded {
-    /// Checks the graph. Problems go to stderr; errors end the command.
+    /// Checks the graph. Errors go to stderr and end the command; notes are for `pipeline check`, and not for every start.
     fn graph(mut self) -> Result<Graph, Failure> {
         let graph = graphs::check(&self.file, &PLUGINS, &mut self.problems);
-        eprint!("{}", self.problems.render(&self.path.display().to_string()));
+        eprint!("{}", self.problems.render_errors(&self.path.display().to_string()));
         graph.ok_or_else(|| Failure { message: self.summary(), code: Failure::USER })
     }
 

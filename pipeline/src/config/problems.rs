@@ -116,7 +116,17 @@ impl Problems {
 
     /// The text for a terminal: `file:line:column: error: node: message`, and a hint below it.
     pub fn render(&self, file: &str) -> String {
-        let lines = self.sorted().into_iter().map(|problem| {
+        self.render_where(file, |_| true)
+    }
+
+    /// As [`Self::render`], without the notes.
+    pub fn render_errors(&self, file: &str) -> String {
+        self.render_where(file, |problem| problem.severity == Severity::Error)
+    }
+
+    fn render_where(&self, file: &str, is_shown: impl Fn(&Problem) -> bool) -> String {
+        let shown = self.sorted().into_iter().filter(|problem| is_shown(problem));
+        let lines = shown.map(|problem| {
             let mut line = problem.to_string();
             for (value, shown) in &self.hidden {
                 line = line.replace(value, shown);
