@@ -66,6 +66,10 @@ const CLIENTS_WITHIN: Duration = Duration::from_secs(5);
 /// At a stop, acknowledgements may be on their way to their senders for this long; what has none comes again.
 const SOURCES_WITHIN: Duration = Duration::from_secs(5);
 
+/// Sinks deliver once every source has tried to connect, but wait no longer than this: a source may run the very server
+/// (an embedded broker) that a sink delivers to, and a sink that finds none would wait for its next try.
+const SOURCES_FIRST: Duration = Duration::from_secs(1);
+
 /// Commits that wait for a sink: of the checkpoint at hand, and of one that a stop has overtaken.
 const COMMITS_MAX: usize = 4;
 
@@ -389,6 +393,7 @@ impl Starter {
             arrivals: arrival_sender,
             wanted,
             status,
+            trying: Some(nodes.trying.clone()),
         };
         nodes.sources.push((intake, reader));
         Ok(())
@@ -408,6 +413,8 @@ struct Nodes {
     pipelines: Vec<PipelineTask>,
     sinks: Vec<SinkTask>,
     deliveries: Vec<DeliveryTask>,
+    /// Each source holds a clone until it has tried to connect.
+    trying: watch::Sender<()>,
 }
 
 /// What is left of the nodes once they run: the ways to them.
@@ -434,14 +441,23 @@ impl Nodes {
             pipelines: Vec::new(),
             sinks: Vec::new(),
             deliveries: Vec::new(),
+            trying: watch::Sender::new(()),
         }
     }
 
     /// Spawns everything, consumers first.
     fn start(self, operators: &Handle, drain: bool) -> Started {
+        let tried = self.trying.subscribe();
+        drop(self.trying);
         for task in self.deliveries {
             let key = format!("sink/{}", task.name);
-            tokio::spawn(watched(key, self.reporter.clone(), task.run()));
+            let mut tried = tried.clone();
+            let deliver = async move {
+                // Closed once every source has tried.
+                let _ = timeout(SOURCES_FIRST, tried.changed()).await;
+                task.run().await;
+            };
+            tokio::spawn(watched(key, self.reporter.clone(), deliver));
         }
         for task in self.sinks {
             tokio::spawn(watched(task.key.clone(), self.reporter.clone(), task.run()));
