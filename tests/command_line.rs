@@ -461,29 +461,6 @@ fn graph_prints_text_mermaid_and_graphviz() {
     }
 }
 
-/// A client that never says good-bye holds a stop up for seconds.
-#[test]
-fn a_second_signal_cuts_a_slow_stop_short() {
-    for (first, second, says) in [("TERM", "INT", "Ctrl-C again"), ("INT", "TERM", "SIGTERM again")] {
-        let mut program = Program::start(
-            "sources: {a: {type: generate, rate: 1, columns: {n: seq}}}\npipelines: {p: {from: a, to: live}}\n\
-             sinks: {live: {type: websocket, path: /ws}}\n",
-        );
-        let mut silent = std::net::TcpStream::connect(program.address()).expect("a connection");
-        let upgrade = "GET /ws HTTP/1.1\r\nHost: test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
-                       Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
-        std::io::Write::write_all(&mut silent, upgrade.as_bytes()).expect("an upgrade");
-        wait_for("the client", || (program.get("/api/v1/stats")["active_connections"] == 1).then_some(()));
-        program.process.signal(first);
-        wait_for("the stop to begin", || {
-            program.process.printed().contains("a second one stops at once").then_some(())
-        });
-        program.process.signal(second);
-        assert_eq!(program.process.wait().code(), Some(130), "{}", program.process.printed());
-        wait_for("the reason", || program.process.printed().contains(says).then_some(()));
-    }
-}
-
 #[test]
 fn a_variable_that_is_not_set_is_one_error() {
     let folder = Scratch::new();
@@ -523,6 +500,29 @@ fn notes_are_told_by_check_and_not_at_every_start() {
     }
 }
 
+/// A client that never says good-bye holds a stop up for seconds.
+#[test]
+fn a_second_signal_cuts_a_slow_stop_short() {
+    for (first, second, says) in [("TERM", "INT", "Ctrl-C again"), ("INT", "TERM", "SIGTERM again")] {
+        let mut program = Program::start(
+            "sources: {a: {type: generate, rate: 1, columns: {n: seq}}}\npipelines: {p: {from: a, to: live}}\n\
+             sinks: {live: {type: websocket, path: /ws}}\n",
+        );
+        let mut silent = std::net::TcpStream::connect(program.address()).expect("a connection");
+        let upgrade = "GET /ws HTTP/1.1\r\nHost: test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+                       Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+        std::io::Write::write_all(&mut silent, upgrade.as_bytes()).expect("an upgrade");
+        wait_for("the client", || (program.get("/api/v1/stats")["active_connections"] == 1).then_some(()));
+        program.process.signal(first);
+        wait_for("the stop to begin", || {
+            program.process.printed().contains("a second one stops at once").then_some(())
+        });
+        program.process.signal(second);
+        assert_eq!(program.process.wait().code(), Some(130), "{}", program.process.printed());
+        wait_for("the reason", || program.process.printed().contains(says).then_some(()));
+    }
+}
+
 /// Words of Mermaid and Graphviz are names like others: no line of a drawing begins with a bare one.
 #[test]
 fn a_graph_of_words_that_mean_something_to_mermaid_and_graphviz_is_drawn() {
@@ -557,8 +557,8 @@ fn listed_plugins() -> Vec<(String, String)> {
     let printed = text(&program::run(Path::new("."), &["docs"]).stdout);
     let (mut kind, mut list) = (String::new(), Vec::new());
     for line in printed.lines() {
-        if let Some(heading) = line.strip_suffix("s:") {
-            kind = heading.to_owned();
+        if let Some(heading) = line.strip_suffix(':') {
+            kind = if heading == "in general" { "every".to_owned() } else { heading.trim_end_matches('s').to_owned() };
         } else if let Some(entry) = line.strip_prefix("  ") {
             let (name, sentence) = entry.split_once(' ').expect("a sentence");
             assert!(sentence.trim().ends_with('.'), "{line}");
@@ -572,6 +572,7 @@ fn listed_plugins() -> Vec<(String, String)> {
 fn docs_lists_every_plugin_and_prints_each_page() {
     let listed = listed_plugins();
     let of = |kind: &str| listed.iter().filter(|(k, _)| k == kind).map(|(_, name)| name.as_str()).collect::<Vec<_>>();
+    assert_eq!(of("every"), ["source", "pipeline", "sink"]);
     assert_eq!(of("source"), sources::SOURCES.iter().map(|p| p.type_name).collect::<Vec<_>>());
     assert_eq!(of("operator"), operators::OPERATORS.iter().map(|p| p.type_name).collect::<Vec<_>>());
     assert_eq!(of("sink"), sinks::SINKS.iter().map(|p| p.type_name).collect::<Vec<_>>());
@@ -579,10 +580,45 @@ fn docs_lists_every_plugin_and_prints_each_page() {
         let page = text(&program::run(Path::new("."), &["docs", kind, name]).stdout);
         assert!(page.starts_with(&format!("# {kind} `{name}`\n\n")), "{page}");
         let (_, example) = page.split_once("\n## Example\n\n```yaml\n").unwrap_or_else(|| panic!("no example: {page}"));
-        assert!(example.contains(name.as_str()) && example.ends_with("```\n"), "{page}");
+        assert!(example.ends_with("```\n"), "{page}");
+        assert!(kind == "every" || example.contains(name.as_str()), "{page}");
         let by_name = text(&program::run(Path::new("."), &["docs", name]).stdout);
         assert!(by_name.contains(&page), "{name}");
     }
+}
+
+#[test]
+fn docs_tell_what_every_source_and_sink_has_and_their_examples_fit_together() {
+    let page = |kind: &str| text(&program::run(Path::new("."), &["docs", kind]).stdout);
+    for (kind, options) in [
+        ("source", vec!["`event_time`", "  - `lateness`", "`errors`", "`on_demand`"]),
+        ("pipeline", vec!["`from` (required)", "`to`", "`key`"]),
+        ("sink", vec!["`batch`", "  - `rows`", "  - `every`"]),
+    ] {
+        for option in options {
+            assert!(
+                page(kind)
+                    .lines()
+                    .any(|line| line.starts_with(&format!("- {option}:")) || line.starts_with(&format!("{option}:"))),
+                "{kind} {option}: {}",
+                page(kind)
+            );
+        }
+    }
+    let example = |kind: &str| {
+        let page = page(kind);
+        let (_, example) = page.split_once("```yaml\n").expect("an example");
+        example.trim_end_matches("```\n").replace("\n", "\n    ")
+    };
+    let folder = Scratch::new();
+    let (source, pipeline, sink) = (example("source"), example("pipeline"), example("sink"));
+    let graph = format!(
+        "sources:\n  devices:\n    {source}\npipelines:\n  load:\n    {pipeline}\nsinks:\n  rejected:\n    {sink}\n  \
+         live: {{type: sse, path: /e}}\n  history: {{type: parquet, path: h}}\n"
+    );
+    folder.write("pipelines.yaml", &graph);
+    let output = program::run(folder.path(), &["check"]);
+    assert_eq!(output.status.code(), Some(0), "{graph}\n{}", text(&output.stdout));
 }
 
 /// A YAML tree as the JSON that an editor's validator sees.

@@ -58,7 +58,7 @@ enum Command {
     Fields(fields::FieldsCommand),
     /// Print the JSON Schema of the file, for editors
     Schema,
-    /// Print the page of a plugin, or the list of plugins
+    /// Print the page of a plugin or of what all sources or sinks share, or the list of pages
     Docs(docs::Docs),
 }
 
