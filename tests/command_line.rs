@@ -500,6 +500,77 @@ fn notes_are_told_by_check_and_not_at_every_start() {
     }
 }
 
+/// What `check` says of a text, without hints: the places, nodes and messages of the errors.
+fn errors_of(yaml: &str) -> Vec<String> {
+    let folder = Scratch::new();
+    folder.write("x.yaml", yaml);
+    let told = text(&program::run(folder.path(), &["check", "x.yaml"]).stdout);
+    let errors = told.lines().filter_map(|line| line.strip_prefix("x.yaml:")?.split_once(": error: "));
+    errors.map(|(_, error)| error.to_owned()).collect()
+}
+
+#[test]
+fn a_mistake_in_a_source_hides_none_in_the_steps() {
+    for (source, message) in [
+        ("type: mqtt, url: 'htp://h', topics: [t], fields: {a: int}", "is no MQTT broker"),
+        ("type: mqtt, url: embedded, topics: [t], qos: 7, fields: {a: int}", "`qos`"),
+        ("type: redis, url: 'htp://h', list: l, fields: {a: int}", ""),
+        ("type: redis, url: 'redis://h', list: l, start: latest, fields: {a: int}", "`start` belongs to"),
+        ("type: sql, url: 'oracle://h', query: SELECT 1, every: 1s, fields: {a: int}", "unknown database"),
+        ("type: sql, url: 'sqlite:a.db', query: ' ', every: 1s, fields: {a: int}", "the query is empty"),
+        ("type: generate, rate: -1, columns: {a: seq}", "expected a rate"),
+        ("type: http, path: x, fields: {a: int}", "must start with `/`"),
+        ("type: file, path: x.gz, fields: {a: int}", "compressed"),
+    ] {
+        let yaml = format!(
+            "sources: {{s: {{{source}}}}}\npipelines: {{p: {{from: s, steps: [filter: aa > 1], to: out}}}}\n\
+             sinks: {{out: {{type: console}}}}\n"
+        );
+        let errors = errors_of(&yaml);
+        let of_source =
+            errors.iter().filter(|error| error.starts_with("source s: ") && error.contains(message)).count();
+        assert!(of_source >= 1 && errors.len() == of_source + 1, "{source}: {errors:?}");
+        assert_eq!(
+            errors.last().map(String::as_str),
+            Some("pipeline p step 1 (filter): no column `aa` here"),
+            "{source}"
+        );
+    }
+}
+
+#[test]
+fn a_column_of_unknown_type_brings_no_errors_of_its_own() {
+    let sinks = "sinks:\n  out: {type: mqtt, url: embedded, topic: 'x/{u}'}\n  key: {type: sql, url: 'sqlite:a', table: t, key: [u]}\n";
+    for (steps, errors) in [
+        ("- filter: u", 0),
+        ("- filter: u > 1", 0),
+        ("- filter: upper(u) = 'A' AND starts_with(u, 'x')", 0),
+        ("- select: {derive: {v: 'round(u, 2)', w: u AND true}}", 0),
+        ("- select: {derive: {v: u + 1}}\n      - filter: v", 0),
+        ("- window: {tumbling: 1s, group_by: [u], aggregate: {p: \"percentile(u, 0.5)\"}}", 0),
+        ("- window: {tumbling: 1s, aggregate: {u: last(u)}}\n      - filter: u", 0),
+        ("- join: {with: other, on: [u], prefix: o_}", 0),
+        ("- filter: u > nothing", 1),
+        ("- filter: a", 1),
+        ("- filter: u AND nosuchfunction(a)", 1),
+        ("- select: {derive: {v: u +}}", 1),
+    ] {
+        let yaml = format!(
+            "sources:\n  s: {{type: generate, rate: 1, columns: {{a: seq, u: \"lost + 1\", k: \"seq\"}}}}\n\
+             pipelines:\n  other: {{from: s, steps: [select: {{keep: [u, k]}}], key: u}}\n  both: {{from: [s, other], to: out}}\n  \
+             p:\n    from: s\n    to: [out, key]\n    steps:\n      {steps}\n{sinks}"
+        );
+        let found = errors_of(&yaml);
+        let first = "source s: no column `lost` here";
+        let of_steps = found.iter().filter(|error| error.starts_with("pipeline p step 1")).count();
+        assert_eq!(
+            (found.first().map(String::as_str), found.len(), of_steps),
+            (Some(first), 1 + errors, errors),
+            "{steps}: {found:?}"
+        );
+    }
+}
+
 /// A client that never says good-bye holds a stop up for seconds.
 #[test]
 fn a_second_signal_cuts_a_slow_stop_short() {

@@ -78,6 +78,11 @@ impl Problems {
         self.unset.push((value, length));
     }
 
+    /// None yet, for a check whose problems are perhaps not told; but knowing which values lack their variable.
+    pub fn fork(&self) -> Self {
+        Self { unset: self.unset.clone(), ..Self::default() }
+    }
+
     /// From now on [`Self::render`] shows `${name}` where a message quotes `value`, which may be a password.
     pub fn hide(&mut self, value: String, name: &str) {
         if value.chars().count() >= HIDDEN_CHARS_MIN {

@@ -41,7 +41,8 @@ pub trait SourceConfig: DeserializeOwned + JsonSchema + Send + Sync + Sized + 's
     const EXAMPLE: &'static str;
 
     /// Reports what is wrong and says what the source emits. Pure: no I/O of any kind.
-    /// `None` if the shape cannot be told; then at least one problem was reported.
+    /// The shape is given whenever the columns can be told, also where another option is wrong: then the pipelines can be
+    /// checked all the same. `None` if it cannot be told; then at least one problem was reported.
     fn check(&self, cx: &mut CheckContext<'_>) -> Option<SourceShape>;
 
     /// Makes the running source. Called once, after `check` found nothing wrong. Opens no connection.
