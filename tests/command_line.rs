@@ -571,6 +571,25 @@ fn a_column_of_unknown_type_brings_no_errors_of_its_own() {
     }
 }
 
+#[test]
+fn a_bounded_graph_that_runs_again_warns_that_its_history_gets_its_rows_again() {
+    let folder = good();
+    for (run, rows, warns) in [(1, 4, false), (2, 8, true)] {
+        let output = program::run(folder.path(), &["run"]);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{said}");
+        let warned =
+            said.lines().filter(|line| line.contains("WARN") && line.contains("remove `./history/load` first"));
+        assert_eq!(warned.count(), usize::from(warns), "run {run}: {said}");
+        let output =
+            program::run(folder.path(), &["query", "SELECT count(*) AS n FROM versions.load", "--format", "json"]);
+        let counted: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        assert_eq!(counted[0]["n"], rows, "run {run}");
+    }
+    std::fs::remove_dir_all(folder.path().join("history/load")).expect("the history");
+    assert!(!text(&program::run(folder.path(), &["run"]).stderr).contains("WARN"));
+}
+
 /// A client that never says good-bye holds a stop up for seconds.
 #[test]
 fn a_second_signal_cuts_a_slow_stop_short() {

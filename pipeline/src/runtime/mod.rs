@@ -40,7 +40,7 @@ pub use coordinator::Stopped;
 
 use crate::error::{Error, Result};
 use crate::graph::{ERRORS_SUFFIX, Graph, GraphPipeline, GraphSink, GraphSource, Producer};
-use crate::history::{History, Table};
+use crate::history::{History, Table, files};
 use crate::http::{Routes, api, server};
 use crate::live::Live;
 use crate::plugin::{HistoryTail, Sink, SinkContext, SourceContext};
@@ -153,6 +153,7 @@ impl Starter {
 
     /// Builds and starts every node, then watches over them until the stop.
     async fn run(mut self, stop: impl Future<Output = ()> + Send) -> Result<Outcome> {
+        self.warn_of_history_written_again();
         let sources = std::mem::take(&mut self.graph.sources);
         let pipelines = std::mem::take(&mut self.graph.pipelines);
         let sinks = std::mem::take(&mut self.graph.sinks);
@@ -232,6 +233,23 @@ impl Starter {
         let lost = if key.starts_with("sink/") { "rows that it kept" } else { "its position and open windows" };
         warn!("{key} has changed since checkpoint {number}: it starts anew; {lost} are lost");
         None
+    }
+
+    /// A graph that has run to its end starts anew: what it wrote then stands in the history already.
+    fn warn_of_history_written_again(&self) {
+        if !self.graph.is_bounded() || self.options.drain || self.restored.number > 0 {
+            return;
+        }
+        let folders = self.history.tables().iter().map(|table| table.folder.join(&table.name));
+        let written = folders.filter(|folder| files::list(folder).is_ok_and(|files| !files.is_empty()));
+        let written: Vec<String> = written.map(|folder| format!("`{}`", folder.display())).collect();
+        if !written.is_empty() {
+            warn!(
+                "this run reads its sources from their start, and adds its rows to those that the history has already; \
+                 if they are to stand there once, stop it and remove {} first",
+                written.join(", ")
+            );
+        }
     }
 
     fn warn_of_lost_state(&self, nodes: &BTreeMap<String, u64>) {
