@@ -514,6 +514,8 @@ fn a_mistake_in_a_source_hides_none_in_the_steps() {
     for (source, message) in [
         ("type: mqtt, url: 'htp://h', topics: [t], fields: {a: int}", "is no MQTT broker"),
         ("type: mqtt, url: embedded, topics: [t], qos: 7, fields: {a: int}", "`qos`"),
+        ("type: mqtt, url: embedded, topics: [t], qos: high, fields: {a: int}", "expected a whole number"),
+        ("type: redis, url: 'redis://h', read: {a: GET a}, every: soon", "`soon` is no duration"),
         ("type: redis, url: 'htp://h', list: l, fields: {a: int}", ""),
         ("type: redis, url: 'redis://h', list: l, start: latest, fields: {a: int}", "`start` belongs to"),
         ("type: sql, url: 'oracle://h', query: SELECT 1, every: 1s, fields: {a: int}", "unknown database"),
@@ -588,6 +590,27 @@ fn a_bounded_graph_that_runs_again_warns_that_its_history_gets_its_rows_again() 
     }
     std::fs::remove_dir_all(folder.path().join("history/load")).expect("the history");
     assert!(!text(&program::run(folder.path(), &["run"]).stderr).contains("WARN"));
+}
+
+#[test]
+fn columns_that_are_misspelt_are_not_missed_by_the_steps_too() {
+    for source in [
+        "type: mqtt, url: embedded, topics: [t], feilds: {a: int}",
+        "type: mqtt, url: embedded, topics: [t], fields: {a: itn}",
+        "type: redis, url: 'redis://h', read: {a: GTE a}",
+        "type: generate, rate: 1, columns: [a]",
+        "type: sql, url: 'sqlite:a.db', query: SELECT 1, every: 1s, fields: {a: itn}",
+    ] {
+        let yaml = format!(
+            "sources: {{s: {{{source}}}}}\npipelines: {{p: {{from: s, steps: [filter: a > 1], to: out}}}}\n\
+             sinks: {{out: {{type: console}}}}\n"
+        );
+        let errors = errors_of(&yaml);
+        assert!(
+            !errors.is_empty() && errors.iter().all(|error| error.starts_with("source s: ")),
+            "{source}: {errors:?}"
+        );
+    }
 }
 
 /// A client that never says good-bye holds a stop up for seconds.

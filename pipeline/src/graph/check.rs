@@ -16,7 +16,7 @@ use crate::config::{At, CheckContext, Pipelines, Position, Problems, did_you_mea
 use crate::plugin::operator::AnyOperator;
 use crate::plugin::sink::AnySink;
 use crate::plugin::source::AnySource;
-use crate::plugin::{Mount, Operator, Planned, Plugins, SinkInput, StreamShape};
+use crate::plugin::{Mount, Operator, Planned, Plugins, SinkInput, SourcePlugin, SourceShape, StreamShape};
 use crate::schema::type_word;
 
 /// Metric of a source's row errors: the source's name and this.
@@ -149,8 +149,14 @@ impl<'a> Checker<'a> {
         if let Some(errors) = &entry.common.errors {
             sink_exists(file, errors, &mut cx);
         }
-        let config: Arc<dyn AnySource> = (plugin.read)(&entry.options, &mut cx)?.into();
-        let shape = config.check(&mut cx)?;
+        let (config, shape) = match (plugin.read)(&entry.options, &mut cx) {
+            Some(config) => {
+                let shape = config.check(&mut cx)?;
+                (config, shape)
+            }
+            None => columns_in_spite(plugin, entry, &file.folder)?,
+        };
+        let config: Arc<dyn AnySource> = config.into();
         duplicate_columns(&shape.schema, entry.position, &mut cx);
         let event_time = entry.common.event_time.as_ref().and_then(|config| {
             let column = cx.column(&config.field, &shape.schema)?;
@@ -518,6 +524,25 @@ impl<'a> Checker<'a> {
             }
         }
     }
+}
+
+/// What is left of a source whose options could not all be read, if that tells the columns: only single values are wrong, no
+/// list and no mapping, and no key is unknown, which may be that of the columns misspelt.
+fn columns_in_spite(
+    plugin: &SourcePlugin,
+    entry: &SourceEntry,
+    folder: &Path,
+) -> Option<(Box<dyn AnySource>, SourceShape)> {
+    let mut found = Problems::default();
+    let mut cx = CheckContext::new(&mut found, "", entry.position, folder);
+    let config = (plugin.read_rest)(&entry.options, &mut cx)?;
+    // What it says of the rest may come of what is missing there.
+    let shape = config.check(&mut CheckContext::new(&mut Problems::default(), "", entry.position, folder))?;
+    let is_single = |position: Position| {
+        let values = entry.options.mapping().unwrap_or_default().iter().map(|(_, value)| value);
+        values.into_iter().any(|value| value.position == position && value.text().is_some())
+    };
+    found.sorted().iter().all(|problem| is_single(problem.position)).then_some((config, shape))
 }
 
 /// Plans one step; where a type of its inputs is not known, for every type that it may be.

@@ -287,6 +287,8 @@ pub struct SourcePlugin {
     pub schema: fn() -> schemars::Schema,
     /// Reads a YAML block.
     pub read: fn(&Node, &mut CheckContext<'_>) -> Option<Box<dyn AnySource>>,
+    /// Reads what is left of a YAML block when the wrong parts are taken out.
+    pub read_rest: fn(&Node, &mut CheckContext<'_>) -> Option<Box<dyn AnySource>>,
 }
 
 impl SourcePlugin {
@@ -298,6 +300,7 @@ impl SourcePlugin {
             example: T::EXAMPLE,
             schema: || schemars::schema_for!(T),
             read: |node, cx| Some(Box::new(deserialize::read::<T>(node, cx)?)),
+            read_rest: |node, cx| Some(Box::new(deserialize::read_rest::<T>(node, cx)?)),
         }
     }
 }
