@@ -27,7 +27,7 @@ pub(super) fn for_every_type<R>(
     }
     let mut tried: Vec<(R, Problems)> = Vec::new();
     for field_type in TRIED {
-        let assumed: Vec<StreamShape> = shapes.iter().map(|shape| assume(shape, field_type.data_type())).collect();
+        let assumed: Vec<StreamShape> = shapes.iter().map(|shape| assume(shape, &field_type.data_type())).collect();
         let mut found = problems.fork();
         tried.push((check(&assumed, &mut found), found));
     }
@@ -59,7 +59,7 @@ fn is_known(shape: &StreamShape) -> bool {
 }
 
 /// The shape with `data_type` for every column whose type is not known.
-fn assume(shape: &StreamShape, data_type: DataType) -> StreamShape {
+fn assume(shape: &StreamShape, data_type: &DataType) -> StreamShape {
     let field = |field: &Arc<Field>| match field.data_type() {
         DataType::Null => of_type(field, data_type.clone()),
         _ => Arc::clone(field),
