@@ -294,7 +294,9 @@ mod tests {
 
     use super::*;
     use crate::error::{Error, Result};
-    use crate::plugin::{Delivery, Schedule, Source, SourceConfig, SourceContext, SourceShape};
+    use crate::plugin::{
+        Delivery, Schedule, Sink, SinkConfig, SinkContext, SinkShape, Source, SourceConfig, SourceContext, SourceShape,
+    };
 
     macro_rules! source {
         ($name:ident, $type_name:literal, $page:literal, $example:literal) => {
@@ -341,6 +343,30 @@ mod tests {
         _host: String,
     }
     source!(Bad, "Bad", "# Bad", "type: bat\nurl: {}");
+
+    /// An outbox sink, since it is neither live nor history, but without `batch`.
+    #[derive(Deserialize, JsonSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Unbatched {}
+    impl SinkConfig for Unbatched {
+        const TYPE: &'static str = "unbatched";
+        const PAGE: &'static str = "Takes rows.\n\n## Writes";
+        const EXAMPLE: &'static str = "type: unbatched";
+
+        fn check(&self, _: &[SinkInput], _: &mut CheckContext<'_>) -> Option<SinkShape> {
+            Some(SinkShape::default())
+        }
+
+        fn build(&self, _: SinkContext) -> Result<Sink> {
+            Err(Error::internal("never built"))
+        }
+    }
+
+    #[test]
+    fn a_sink_with_an_outbox_has_the_option_batch() {
+        let broken = broken_by_sinks(&[SinkPlugin::of::<Unbatched>()]);
+        assert!(!broken.is_empty() && broken.iter().all(|one| one.contains("`batch: {rows: ")), "{broken:?}");
+    }
 
     #[test]
     fn what_breaks_a_rule_is_named_and_what_does_not_passes() {
