@@ -484,6 +484,10 @@ fn a_variable_that_is_not_set_is_one_error() {
         assert!(errors.len() == 1 && errors[0].contains("environment variable `NOWHERE` is not set"), "{by}: {told}");
         assert_eq!((output.status.code(), text(&output.stderr).contains("has one error")), (Some(1), true), "{by}");
     }
+    folder.write("pipelines.yaml", "sources: {a: {type: sql, url: \"${NOWHERE}\", every: 1s, query: SELECT 1}}\n");
+    let output = program::run(folder.path(), &["fields", "a"]);
+    let told = text(&output.stderr);
+    assert!(told.contains("environment variable `NOWHERE` is not set") && told.lines().count() == 2, "{told}");
 }
 
 #[test]

@@ -78,6 +78,11 @@ impl Problems {
         self.unset.push((value, length));
     }
 
+    /// Whether the value that starts here lacks its variable.
+    pub fn is_unset(&self, value: Position) -> bool {
+        self.unset.iter().any(|(at, _)| *at == value)
+    }
+
     /// None yet, for a check whose problems are perhaps not told; but knowing which values lack their variable.
     pub fn fork(&self) -> Self {
         Self { unset: self.unset.clone(), ..Self::default() }
