@@ -305,10 +305,12 @@ fn check_reports_every_mistake_at_once_and_opens_nothing() {
     assert_eq!(names(folder.path()), ["wrong.yaml"]);
     nobody.set_nonblocking(true).expect("non-blocking");
     assert!(nobody.accept().is_err(), "somebody was called");
+    let errors: String =
+        printed.lines().filter(|line| !line.contains(": note: ")).map(|line| format!("{line}\n")).collect();
     for command in ["run", "graph"] {
         let output = run_with(folder.path(), &[("PASSWORD", "hunter2")], &[command, "wrong.yaml"]);
         assert_eq!(output.status.code(), Some(1));
-        assert_eq!(text(&output.stderr), format!("{printed}error: `wrong.yaml` has {} errors\n", MISTAKES.len()));
+        assert_eq!(text(&output.stderr), format!("{errors}error: `wrong.yaml` has {} errors\n", MISTAKES.len()));
     }
     assert_eq!(names(folder.path()), ["wrong.yaml"]);
 }
@@ -439,21 +441,231 @@ fn graph_prints_text_mermaid_and_graphviz() {
         ),
         (
             "mermaid",
-            "flowchart LR\n  rows[/\"rows<br/>file\"/]\n  load[\"load<br/>filter | window\"]\n  \
-             sink_history[(\"history<br/>parquet\")]\n  sink_out[(\"out<br/>console\")]\n  rows --> load\n  \
-             load --> sink_history\n  load --> sink_out\n",
+            "flowchart LR\n  source_rows[/\"rows<br/>file\"/]\n  pipeline_load[\"load<br/>filter | window\"]\n  \
+             sink_history[(\"history<br/>parquet\")]\n  sink_out[(\"out<br/>console\")]\n  \
+             source_rows --> pipeline_load\n  pipeline_load --> sink_history\n  pipeline_load --> sink_out\n",
         ),
         (
             "dot",
-            "digraph tailwater {\n  rankdir=LR;\n  \"rows\" [shape=parallelogram, label=\"rows\\nfile\"];\n  \
-             \"load\" [shape=box, label=\"load\\nfilter | window\"];\n  \
-             \"sink.history\" [shape=cylinder, label=\"history\\nparquet\"];\n  \
-             \"sink.out\" [shape=cylinder, label=\"out\\nconsole\"];\n  \"rows\" -> \"load\" [label=\"\"];\n  \
-             \"load\" -> \"sink.history\" [label=\"\"];\n  \"load\" -> \"sink.out\" [label=\"\"];\n}\n",
+            "digraph tailwater {\n  rankdir=LR;\n  \"source_rows\" [shape=parallelogram, label=\"rows\\nfile\"];\n  \
+             \"pipeline_load\" [shape=box, label=\"load\\nfilter | window\"];\n  \
+             \"sink_history\" [shape=cylinder, label=\"history\\nparquet\"];\n  \
+             \"sink_out\" [shape=cylinder, label=\"out\\nconsole\"];\n  \
+             \"source_rows\" -> \"pipeline_load\" [label=\"\"];\n  \
+             \"pipeline_load\" -> \"sink_history\" [label=\"\"];\n  \
+             \"pipeline_load\" -> \"sink_out\" [label=\"\"];\n}\n",
         ),
     ] {
         let output = program::run(folder.path(), &["graph", "--format", format]);
         assert_eq!((text(&output.stdout).as_str(), text(&output.stderr).as_str()), (expected, ""), "{format}");
+    }
+}
+
+#[test]
+fn a_variable_that_is_not_set_is_one_error() {
+    let folder = Scratch::new();
+    let whole = "sources: {a: {type: generate, rate: 1, columns: {n: seq}}}\npipelines: {p: {from: a, to: out}}\n";
+    for (broken, by) in [
+        ("rate: 1", "rate: \"${NOWHERE}\""),
+        ("n: seq", "n: \"seq + ${NOWHERE}\""),
+        ("type: generate", "type: \"${NOWHERE}\""),
+        ("from: a", "from: \"${NOWHERE}\""),
+        ("to: out", "to: [\"${NOWHERE}\"]"),
+        ("out: {type: console", "out: {type: \"${NOWHERE}\""),
+        ("every: 2s", "every: \"${NOWHERE}\""),
+        ("rows: 50", "rows: \"${NOWHERE}\""),
+    ] {
+        let sinks = "sinks: {out: {type: console, batch: {rows: 50, every: 2s}}}\n";
+        let graph = format!("{whole}{sinks}").replace(broken, by);
+        folder.write("pipelines.yaml", &graph);
+        let output = program::run(folder.path(), &["check"]);
+        let told = text(&output.stdout);
+        let errors: Vec<&str> = told.lines().filter(|line| line.contains(": error: ")).collect();
+        assert!(errors.len() == 1 && errors[0].contains("environment variable `NOWHERE` is not set"), "{by}: {told}");
+        assert_eq!((output.status.code(), text(&output.stderr).contains("has one error")), (Some(1), true), "{by}");
+    }
+    folder.write("pipelines.yaml", "sources: {a: {type: sql, url: \"${NOWHERE}\", every: 1s, query: SELECT 1}}\n");
+    let output = program::run(folder.path(), &["fields", "a"]);
+    let told = text(&output.stderr);
+    assert!(told.contains("environment variable `NOWHERE` is not set") && told.lines().count() == 2, "{told}");
+}
+
+#[test]
+fn notes_are_told_by_check_and_not_at_every_start() {
+    let folder = good();
+    let graph = std::fs::read_to_string(folder.path().join("pipelines.yaml")).expect("the graph");
+    folder.write("pipelines.yaml", &format!("{graph}  spare: {{type: console}}\n"));
+    let note = "note: sink spare: no pipeline writes to this sink";
+    assert!(text(&program::run(folder.path(), &["check"]).stdout).contains(note));
+    for arguments in [&["run"] as &[&str], &["graph"], &["query", "SELECT 1"]] {
+        let output = program::run(folder.path(), arguments);
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}");
+        assert!(!text(&output.stderr).contains("note:"), "{arguments:?}: {}", text(&output.stderr));
+    }
+}
+
+/// What `check` says of a text, without hints: the places, nodes and messages of the errors.
+fn errors_of(yaml: &str) -> Vec<String> {
+    let folder = Scratch::new();
+    folder.write("x.yaml", yaml);
+    let told = text(&program::run(folder.path(), &["check", "x.yaml"]).stdout);
+    let errors = told.lines().filter_map(|line| line.strip_prefix("x.yaml:")?.split_once(": error: "));
+    errors.map(|(_, error)| error.to_owned()).collect()
+}
+
+#[test]
+fn a_mistake_in_a_source_hides_none_in_the_steps() {
+    for (source, message) in [
+        ("type: mqtt, url: 'htp://h', topics: [t], fields: {a: int}", "is no MQTT broker"),
+        ("type: mqtt, url: embedded, topics: [t], qos: 7, fields: {a: int}", "`qos`"),
+        ("type: mqtt, url: embedded, topics: [t], qos: high, fields: {a: int}", "expected a whole number"),
+        ("type: redis, url: 'redis://h', read: {a: GET a}, every: soon", "`soon` is no duration"),
+        ("type: redis, url: 'htp://h', list: l, fields: {a: int}", ""),
+        ("type: redis, url: 'redis://h', list: l, start: latest, fields: {a: int}", "`start` belongs to"),
+        ("type: sql, url: 'oracle://h', query: SELECT 1, every: 1s, fields: {a: int}", "unknown database"),
+        ("type: sql, url: 'sqlite:a.db', query: ' ', every: 1s, fields: {a: int}", "the query is empty"),
+        ("type: generate, rate: -1, columns: {a: seq}", "expected a rate"),
+        ("type: http, path: x, fields: {a: int}", "must start with `/`"),
+        ("type: file, path: x.gz, fields: {a: int}", "compressed"),
+    ] {
+        let yaml = format!(
+            "sources: {{s: {{{source}}}}}\npipelines: {{p: {{from: s, steps: [filter: aa > 1], to: out}}}}\n\
+             sinks: {{out: {{type: console}}}}\n"
+        );
+        let errors = errors_of(&yaml);
+        let of_source =
+            errors.iter().filter(|error| error.starts_with("source s: ") && error.contains(message)).count();
+        assert!(of_source >= 1 && errors.len() == of_source + 1, "{source}: {errors:?}");
+        assert_eq!(
+            errors.last().map(String::as_str),
+            Some("pipeline p step 1 (filter): no column `aa` here"),
+            "{source}"
+        );
+    }
+}
+
+#[test]
+fn a_column_of_unknown_type_brings_no_errors_of_its_own() {
+    let sinks = "sinks:\n  out: {type: mqtt, url: embedded, topic: 'x/{u}'}\n  key: {type: sql, url: 'sqlite:a', table: t, key: [u]}\n";
+    for (steps, errors) in [
+        ("- filter: u", 0),
+        ("- filter: u > 1", 0),
+        ("- filter: upper(u) = 'A' AND starts_with(u, 'x')", 0),
+        ("- select: {derive: {v: 'round(u, 2)', w: u AND true}}", 0),
+        ("- select: {derive: {v: u + 1}}\n      - filter: v", 0),
+        ("- window: {tumbling: 1s, group_by: [u], aggregate: {p: \"percentile(u, 0.5)\"}}", 0),
+        ("- window: {tumbling: 1s, aggregate: {u: last(u)}}\n      - filter: u", 0),
+        ("- join: {with: other, on: [u], prefix: o_}", 0),
+        ("- filter: u > nothing", 1),
+        ("- filter: a", 1),
+        ("- filter: u AND nosuchfunction(a)", 1),
+        ("- select: {derive: {v: u +}}", 1),
+    ] {
+        let yaml = format!(
+            "sources:\n  s: {{type: generate, rate: 1, columns: {{a: seq, u: \"lost + 1\", k: \"seq\"}}}}\n\
+             pipelines:\n  other: {{from: s, steps: [select: {{keep: [u, k]}}], key: u}}\n  both: {{from: [s, other], to: out}}\n  \
+             p:\n    from: s\n    to: [out, key]\n    steps:\n      {steps}\n{sinks}"
+        );
+        let found = errors_of(&yaml);
+        let first = "source s: no column `lost` here";
+        let of_steps = found.iter().filter(|error| error.starts_with("pipeline p step 1")).count();
+        assert_eq!(
+            (found.first().map(String::as_str), found.len(), of_steps),
+            (Some(first), 1 + errors, errors),
+            "{steps}: {found:?}"
+        );
+    }
+}
+
+#[test]
+fn a_bounded_graph_that_runs_again_warns_that_its_history_gets_its_rows_again() {
+    let folder = good();
+    for (run, rows, warns) in [(1, 4, false), (2, 8, true)] {
+        let output = program::run(folder.path(), &["run"]);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{said}");
+        let warned =
+            said.lines().filter(|line| line.contains("WARN") && line.contains("remove `./history/load` first"));
+        assert_eq!(warned.count(), usize::from(warns), "run {run}: {said}");
+        let output =
+            program::run(folder.path(), &["query", "SELECT count(*) AS n FROM versions.load", "--format", "json"]);
+        let counted: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        assert_eq!(counted[0]["n"], rows, "run {run}");
+    }
+    std::fs::remove_dir_all(folder.path().join("history/load")).expect("the history");
+    assert!(!text(&program::run(folder.path(), &["run"]).stderr).contains("WARN"));
+}
+
+#[test]
+fn columns_that_are_misspelt_are_not_missed_by_the_steps_too() {
+    for source in [
+        "type: mqtt, url: embedded, topics: [t], feilds: {a: int}",
+        "type: mqtt, url: embedded, topics: [t], fields: {a: itn}",
+        "type: redis, url: 'redis://h', read: {a: GTE a}",
+        "type: generate, rate: 1, columns: [a]",
+        "type: sql, url: 'sqlite:a.db', query: SELECT 1, every: 1s, fields: {a: itn}",
+    ] {
+        let yaml = format!(
+            "sources: {{s: {{{source}}}}}\npipelines: {{p: {{from: s, steps: [filter: a > 1], to: out}}}}\n\
+             sinks: {{out: {{type: console}}}}\n"
+        );
+        let errors = errors_of(&yaml);
+        assert!(
+            !errors.is_empty() && errors.iter().all(|error| error.starts_with("source s: ")),
+            "{source}: {errors:?}"
+        );
+    }
+}
+
+/// A client that never says good-bye holds a stop up for seconds.
+#[test]
+fn a_second_signal_cuts_a_slow_stop_short() {
+    for (first, second, says) in [("TERM", "INT", "Ctrl-C again"), ("INT", "TERM", "SIGTERM again")] {
+        let mut program = Program::start(
+            "sources: {a: {type: generate, rate: 1, columns: {n: seq}}}\npipelines: {p: {from: a, to: live}}\n\
+             sinks: {live: {type: websocket, path: /ws}}\n",
+        );
+        let mut silent = std::net::TcpStream::connect(program.address()).expect("a connection");
+        let upgrade = "GET /ws HTTP/1.1\r\nHost: test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+                       Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+        std::io::Write::write_all(&mut silent, upgrade.as_bytes()).expect("an upgrade");
+        wait_for("the client", || (program.get("/api/v1/stats")["active_connections"] == 1).then_some(()));
+        program.process.signal(first);
+        wait_for("the stop to begin", || {
+            program.process.printed().contains("a second one stops at once").then_some(())
+        });
+        program.process.signal(second);
+        assert_eq!(program.process.wait().code(), Some(130), "{}", program.process.printed());
+        wait_for("the reason", || program.process.printed().contains(says).then_some(()));
+    }
+}
+
+/// Words of Mermaid and Graphviz are names like others: no line of a drawing begins with a bare one.
+#[test]
+fn a_graph_of_words_that_mean_something_to_mermaid_and_graphviz_is_drawn() {
+    let folder = Scratch::new();
+    let words = ["end", "graph", "subgraph", "class", "click", "node", "style", "digraph", "default", "edge"];
+    let pipelines: String = words.iter().map(|word| format!("  {word}: {{from: flowchart, to: {word}}}\n")).collect();
+    let sinks: String = words.iter().map(|word| format!("  {word}: {{type: console}}\n")).collect();
+    folder.write(
+        "pipelines.yaml",
+        &format!(
+            "sources:\n  flowchart: {{type: file, path: rows.csv, fields: {{x: int}}}}\npipelines:\n{pipelines}sinks:\n{sinks}"
+        ),
+    );
+    for format in ["mermaid", "dot"] {
+        let output = program::run(folder.path(), &["graph", "--format", format]);
+        let drawing = text(&output.stdout);
+        for word in words {
+            for id in [format!("pipeline_{word}"), format!("sink_{word}")] {
+                assert!(drawing.contains(&id), "{format}: {id} in {drawing}");
+            }
+        }
+        for line in drawing.lines().filter(|line| line.starts_with("  ") && *line != "  rankdir=LR;") {
+            let id = line.trim_start().trim_start_matches('"');
+            let kinds = ["source_", "pipeline_", "sink_"];
+            assert!(kinds.iter().any(|kind| id.starts_with(kind)), "{format}: {line}");
+        }
     }
 }
 
@@ -462,8 +674,8 @@ fn listed_plugins() -> Vec<(String, String)> {
     let printed = text(&program::run(Path::new("."), &["docs"]).stdout);
     let (mut kind, mut list) = (String::new(), Vec::new());
     for line in printed.lines() {
-        if let Some(heading) = line.strip_suffix("s:") {
-            kind = heading.to_owned();
+        if let Some(heading) = line.strip_suffix(':') {
+            kind = if heading == "in general" { "every".to_owned() } else { heading.trim_end_matches('s').to_owned() };
         } else if let Some(entry) = line.strip_prefix("  ") {
             let (name, sentence) = entry.split_once(' ').expect("a sentence");
             assert!(sentence.trim().ends_with('.'), "{line}");
@@ -477,6 +689,7 @@ fn listed_plugins() -> Vec<(String, String)> {
 fn docs_lists_every_plugin_and_prints_each_page() {
     let listed = listed_plugins();
     let of = |kind: &str| listed.iter().filter(|(k, _)| k == kind).map(|(_, name)| name.as_str()).collect::<Vec<_>>();
+    assert_eq!(of("every"), ["source", "pipeline", "sink"]);
     assert_eq!(of("source"), sources::SOURCES.iter().map(|p| p.type_name).collect::<Vec<_>>());
     assert_eq!(of("operator"), operators::OPERATORS.iter().map(|p| p.type_name).collect::<Vec<_>>());
     assert_eq!(of("sink"), sinks::SINKS.iter().map(|p| p.type_name).collect::<Vec<_>>());
@@ -484,10 +697,45 @@ fn docs_lists_every_plugin_and_prints_each_page() {
         let page = text(&program::run(Path::new("."), &["docs", kind, name]).stdout);
         assert!(page.starts_with(&format!("# {kind} `{name}`\n\n")), "{page}");
         let (_, example) = page.split_once("\n## Example\n\n```yaml\n").unwrap_or_else(|| panic!("no example: {page}"));
-        assert!(example.contains(name.as_str()) && example.ends_with("```\n"), "{page}");
+        assert!(example.ends_with("```\n"), "{page}");
+        assert!(kind == "every" || example.contains(name.as_str()), "{page}");
         let by_name = text(&program::run(Path::new("."), &["docs", name]).stdout);
         assert!(by_name.contains(&page), "{name}");
     }
+}
+
+#[test]
+fn docs_tell_what_every_source_and_sink_has_and_their_examples_fit_together() {
+    let page = |kind: &str| text(&program::run(Path::new("."), &["docs", kind]).stdout);
+    for (kind, options) in [
+        ("source", vec!["`event_time`", "  - `lateness`", "`errors`", "`on_demand`"]),
+        ("pipeline", vec!["`from` (required)", "`to`", "`key`"]),
+        ("sink", vec!["`batch`", "  - `rows`", "  - `every`"]),
+    ] {
+        for option in options {
+            assert!(
+                page(kind)
+                    .lines()
+                    .any(|line| line.starts_with(&format!("- {option}:")) || line.starts_with(&format!("{option}:"))),
+                "{kind} {option}: {}",
+                page(kind)
+            );
+        }
+    }
+    let example = |kind: &str| {
+        let page = page(kind);
+        let (_, example) = page.split_once("```yaml\n").expect("an example");
+        example.trim_end_matches("```\n").replace("\n", "\n    ")
+    };
+    let folder = Scratch::new();
+    let (source, pipeline, sink) = (example("source"), example("pipeline"), example("sink"));
+    let graph = format!(
+        "sources:\n  devices:\n    {source}\npipelines:\n  load:\n    {pipeline}\nsinks:\n  rejected:\n    {sink}\n  \
+         live: {{type: sse, path: /e}}\n  history: {{type: parquet, path: h}}\n"
+    );
+    folder.write("pipelines.yaml", &graph);
+    let output = program::run(folder.path(), &["check"]);
+    assert_eq!(output.status.code(), Some(0), "{graph}\n{}", text(&output.stdout));
 }
 
 /// A YAML tree as the JSON that an editor's validator sees.

@@ -97,6 +97,14 @@ async fn every_metric_comes_over_websocket_and_server_sent_events() {
     program.stop();
 }
 
+#[test]
+fn a_first_start_warns_of_nothing() {
+    let (program, _) = start();
+    let printed = program.process.printed();
+    assert!(!printed.contains("WARN") && !printed.contains("ERROR") && !printed.contains("note:"), "{printed}");
+    program.stop();
+}
+
 #[tokio::test]
 async fn a_reading_published_by_anybody_shows_up() {
     let (program, broker) = start();

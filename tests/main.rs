@@ -7,6 +7,7 @@ mod benches;
 mod command_line;
 mod dashboard;
 mod default_graph;
+mod diamond;
 mod examples;
 mod failures;
 mod http;

@@ -44,7 +44,7 @@ fn source_config(yaml: &str) -> Result<(SourceYaml, SourceShape), String> {
         let config = deserialize::read::<SourceYaml>(&node, &mut cx);
         config.and_then(|config| config.check(&mut cx).map(|shape| (config, shape)))
     };
-    checked.ok_or_else(|| problems.render("test.yaml"))
+    checked.filter(|_| !problems.has_errors()).ok_or_else(|| problems.render("test.yaml"))
 }
 
 fn source_context(folder: &Path) -> SourceContext {
@@ -789,7 +789,7 @@ fn a_wrong_sink_is_told_with_the_place() {
         ("url: http://h\ntopic: t", "1:6: error: sink out: `http://` is no MQTT broker"),
         ("url: mqtt://h\ntopic: a/{nobody}", "2:10: error: sink out: rows of `load`: no column `nobody` here"),
         ("url: mqtt://h\ntopic: a/#", "2:10: error: sink out: a topic to publish to has no"),
-        ("url: mqtt://h\ntopic: t\nbatch: {rows: 0}", "`rows` is at least 1"),
+        ("url: mqtt://h\ntopic: t\nbatch: {rows: 0}", "`rows` is 1 to 8192"),
         ("url: mqtt://h\ntopic: t\nqos: 9", "`qos` is 0, 1 or 2, not 9"),
     ] {
         let problems = sink(yaml, Path::new(".")).err().expect(yaml);

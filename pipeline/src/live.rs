@@ -159,6 +159,12 @@ impl Live {
         self.metrics.get(metric).map_or(0, |m| m.subscribers.load(Relaxed))
     }
 
+    /// Number of keys of a metric whose latest row is kept; 0 for a metric without key columns.
+    pub fn keys_seen(&self, metric: &str) -> usize {
+        let keyed = self.metrics.get(metric).filter(|m| !m.keys.is_empty());
+        keyed.map_or(0, |m| lock(&m.latest).rows.len())
+    }
+
     /// Changes whenever demand may have changed.
     pub fn demand(&self) -> watch::Receiver<u64> {
         self.demand_changed.subscribe()

@@ -9,7 +9,7 @@ use pipeline::batch::BATCH_ROWS_MAX;
 use pipeline::config::CheckContext;
 use pipeline::error::{Error, Result};
 use pipeline::json::{encode_rows, json_string};
-use pipeline::plugin::{BatchLimits, OutboxSink, Sink, SinkConfig, SinkContext, SinkInput, SinkShape};
+use pipeline::plugin::{BatchLimits, BatchOptions, OutboxSink, Sink, SinkConfig, SinkContext, SinkInput, SinkShape};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -54,30 +54,38 @@ pub struct ConsoleConfig {
     /// pipelines; `none` prints the bare row.
     #[serde(default)]
     pub envelope: Envelope,
+    /// When waiting rows become a delivery. Default `{rows: 8192, every: 0s}`: as many rows as there are, without a wait, so
+    /// that what happens shows at once.
+    #[serde(default)]
+    pub batch: BatchOptions,
 }
+
+/// Of the option `batch`.
+const BATCH_DEFAULT: BatchLimits = BatchLimits { rows: BATCH_ROWS_MAX, every: Duration::ZERO };
 
 impl SinkConfig for ConsoleConfig {
     const TYPE: &'static str = "console";
     const PAGE: &'static str = PAGE;
     const EXAMPLE: &'static str = "type: console\n";
 
-    fn check(&self, _inputs: &[SinkInput], _cx: &mut CheckContext<'_>) -> Option<SinkShape> {
-        Some(SinkShape { takes_revised: true, ..SinkShape::default() })
+    fn check(&self, _inputs: &[SinkInput], cx: &mut CheckContext<'_>) -> Option<SinkShape> {
+        let errors = cx.errors();
+        self.batch.check(cx);
+        (cx.errors() == errors).then_some(SinkShape { takes_revised: true, ..SinkShape::default() })
     }
 
     fn build(&self, cx: SinkContext) -> Result<Sink> {
-        let starts = cx.inputs.iter().map(|input| self.start_of_line(&input.metric)).collect();
-        // As many rows as there are, without a wait: what happens shows at once.
-        let limits = BatchLimits { rows: BATCH_ROWS_MAX, every: Duration::ZERO };
-        Ok(Sink::Outbox(Box::new(Console { envelope: self.envelope, starts }), limits))
+        let starts = cx.inputs.iter().map(|input| self.envelope.start_of_line(&input.metric)).collect();
+        let console = Console { envelope: self.envelope, starts };
+        Ok(Sink::Outbox(Box::new(console), self.batch.limits(BATCH_DEFAULT)))
     }
 }
 
-impl ConsoleConfig {
-    fn start_of_line(&self, metric: &str) -> String {
-        match self.envelope {
-            Envelope::Metric => format!("{{\"metric\":{},\"data\":", json_string(metric)),
-            Envelope::None => String::new(),
+impl Envelope {
+    fn start_of_line(self, metric: &str) -> String {
+        match self {
+            Self::Metric => format!("{{\"metric\":{},\"data\":", json_string(metric)),
+            Self::None => String::new(),
         }
     }
 }
@@ -158,7 +166,7 @@ mod tests {
                 "{\"device_id\":\"a\\nb\",\"latency_ms\":1.5}\n{\"device_id\":\"c\",\"latency_ms\":null}\n",
             ),
         ] {
-            let start = ConsoleConfig { envelope }.start_of_line("load");
+            let start = envelope.start_of_line("load");
             assert_eq!(lines(&start, envelope, &rows()), expected);
         }
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arrow::array::{ArrayRef, Float64Array, Int64Array, RecordBatch, TimestampMicrosecondArray};
-use arrow::datatypes::{Field, Schema, SchemaRef};
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use async_trait::async_trait;
 use indexmap::IndexMap;
 use pipeline::batch::{BATCH_ROWS_MAX, Batch, Stage, Times};
@@ -89,7 +89,6 @@ event_time: {field: ts}
 ";
 
     fn check(&self, cx: &mut CheckContext<'_>) -> Option<SourceShape> {
-        let errors_before = cx.errors();
         if let Some(rate) = &self.rate
             && !(rate.value > 0.0 && rate.value <= RATE_MAX)
         {
@@ -103,11 +102,13 @@ event_time: {field: ts}
             cx.error(cx.position(), "`columns` needs at least one column");
         }
         let inputs = inputs();
-        let mut fields: Vec<Field> = Vec::with_capacity(self.columns.len());
-        for (name, text) in &self.columns {
-            fields.extend(cx.expression(text, &inputs).map(|expression| expression.field(name)));
-        }
-        (cx.errors() == errors_before).then(|| SourceShape {
+        let fields = self.columns.iter().map(|(name, text)| match cx.expression(text, &inputs) {
+            Some(expression) => expression.field(name),
+            // Its type is not known.
+            None => Field::new(name, DataType::Null, true),
+        });
+        let fields: Vec<Field> = fields.collect();
+        Some(SourceShape {
             schema: SchemaRef::new(Schema::new(fields)),
             delivery: Delivery::Replayable,
             schedule: schedule(self.rate.as_ref().map(|rate| rate.value)),

@@ -115,7 +115,6 @@ on_demand: true
     fn check(&self, cx: &mut CheckContext<'_>) -> Option<SourceShape> {
         if **self.every < MINIMUM_CPU_UPDATE_INTERVAL {
             cx.error(self.every.position, "the use of the processors cannot be told in less than 200ms");
-            return None;
         }
         Some(SourceShape {
             schema: schema_of(COLUMNS),

@@ -102,7 +102,6 @@ every: 1s
     fn check(&self, cx: &mut CheckContext<'_>) -> Option<SourceShape> {
         if self.every.is_zero() {
             cx.error(self.every.position, "`every` must be longer than nothing");
-            return None;
         }
         Some(SourceShape {
             schema: schema_of(COLUMNS),

@@ -1,9 +1,12 @@
-//! `pipeline docs`: the page, options and example of a plugin, or the list of all.
+//! `pipeline docs`: the page, options and example of a plugin or of what all of a kind share, or the list of all.
 
 use std::fmt::Write;
 
 use clap::Args;
 use pipeline::config::did_you_mean;
+use pipeline::config::pipelines::{PipelineConfig, SourceCommon};
+use pipeline::plugin::BatchOptions;
+use schemars::{JsonSchema, Schema, schema_for};
 use serde_json::Value;
 
 use super::{Failure, print};
@@ -11,10 +14,119 @@ use crate::plugins::PLUGINS;
 
 #[derive(Debug, Args)]
 pub(super) struct Docs {
-    /// The plugin's name; `source mqtt` or `sink mqtt` where two have one name
+    /// The plugin's name; `source mqtt` or `sink mqtt` where two have one name; `source`, `pipeline` or `sink` alone for
+    /// what all of them share
     #[arg(num_args = 0..=2)]
     plugin: Vec<String>,
 }
+
+const SOURCE_PAGE: &str = "\
+Keys that every source has beside its own: the time of its rows, where wrong rows go, and whether it waits for demand.
+
+## Time
+`event_time` names the column that says when a row happened; without it that is the time of receipt. Windows go by it. The
+watermark trails the newest time by `lateness`: rows may come in any order within it. A source from which no row has come for
+`idle` does not hold the others back; one that is away, catching up or held back does, and `/health` shows it.
+
+## Wrong rows
+A row that does not fit `fields` is counted and logged, and the others go on. With `errors: SINK` it goes to that sink too, as
+the metric `NAME_errors` with the columns `source`, `time`, `error` and `payload` (its first 1024 bytes). A column that the
+row lacks is null, and no error.
+
+## Demand
+With `on_demand: true` a polled source asks only while somebody wants its rows: a subscriber of a metric made of them, or a
+durable sink (every one but `websocket` and `sse`). A `GET` of the metric counts for a minute. The first demand polls at
+once. Sources that would miss rows meanwhile refuse it.
+
+## Delivery
+The page of each source says it. What the engine does for all of them: it connects again with back-off (0.1 s, doubling to
+15 s), and reads on from the position of the last checkpoint where the source has one.
+";
+
+const SOURCE_EXAMPLE: &str = "\
+type: http
+path: /readings
+fields: {device_id: string, latency_ms: float, ts: timestamp}
+event_time: {field: ts, lateness: 2s, idle: 10s}
+errors: rejected
+";
+
+const PIPELINE_PAGE: &str = "\
+Takes rows of sources and other pipelines through its steps, and hands them to sinks.
+
+## Reads
+`from` names a source, a pipeline, or a list of them. Several are united by column name: a column has one type in all of
+them, and is null where one lacks it. Of a pipeline with a window, other pipelines get the `final` rows.
+
+## Steps
+`steps` is a list, each entry one operator with its options, done in order; `pipeline docs` lists the operators. It may be
+absent: then the rows go on as they are. Expressions are SQL over the columns, type-checked before anything runs.
+
+## Writes
+`to` names sinks. The pipeline's name is the name of its metric, its topic for live clients and its table in history. `key`
+says which columns tell one thing (a device) from another where no window does: live clients filter by them, and the latest
+row is kept for each.
+";
+
+const PIPELINE_EXAMPLE: &str = "\
+from: devices
+steps:
+  - filter: latency_ms >= 0
+  - window: {tumbling: 1s, group_by: [device_id], aggregate: {rps: rate(), avg_delay_ms: avg(latency_ms)}}
+to: [live, history]
+";
+
+const SINK_PAGE: &str = "\
+What sinks share: which rows they get, and how those of databases, brokers and the console deliver.
+
+## Writes
+A sink gets the rows of every pipeline that names it in `to`, and the wrong rows of every source that names it in `errors`.
+It gets the `final` rows of windows; live sinks also `partial` and `revised` ones; history and sinks that replace by key also
+`revised` ones.
+
+## Delivery
+`websocket` and `sse` serve whoever listens now. `parquet` publishes files that are bound to checkpoints, each row once. All
+others have an outbox: rows wait in it, in order, while the other side is away; a delivery is tried again until it succeeds;
+and what waits is kept in the checkpoint. `batch` says when waiting rows become a delivery: as soon as there are `rows` of
+one pipeline, or the oldest has waited for `every`. Its default is the sink's own; the page of the sink says it.
+
+## Limits
+An outbox is bounded. A full one pushes back to the sources; nothing is dropped.
+
+## Fails when
+The other side is away: `/health` says so, and the engine tries again with back-off (0.1 s, doubling to 15 s). Rows that the
+other side refuses for good are counted as errors, and the others go on.
+";
+
+const SINK_EXAMPLE: &str = "\
+type: sql
+url: sqlite:demo.db
+table: messages
+create: true
+batch: {rows: 50, every: 2s}
+";
+
+/// The options of a sink with an outbox.
+#[derive(JsonSchema)]
+#[expect(dead_code, reason = "only its schema is used")]
+struct SinkCommon {
+    /// The kind of sink.
+    r#type: String,
+    /// Not for `websocket`, `sse` and `parquet`: when waiting rows become a delivery.
+    batch: Option<BatchOptions>,
+}
+
+/// The pages of what all of a kind share: name, text, example, options.
+fn shared() -> [(&'static str, &'static str, &'static str, Schema); 3] {
+    [
+        ("source", SOURCE_PAGE, SOURCE_EXAMPLE, schema_for!(SourceCommon)),
+        ("pipeline", PIPELINE_PAGE, PIPELINE_EXAMPLE, schema_for!(PipelineConfig)),
+        ("sink", SINK_PAGE, SINK_EXAMPLE, schema_for!(SinkCommon)),
+    ]
+}
+
+/// Kind of the pages of what all of a kind share.
+const ALL: &str = "every";
 
 /// What a page is made of.
 struct Page {
@@ -29,14 +141,15 @@ fn pages() -> Vec<Page> {
     let sources = PLUGINS.sources.iter().map(|p| ("source", p.type_name, p.page, p.example, (p.schema)()));
     let operators = PLUGINS.operators.iter().map(|p| ("operator", p.type_name, p.page, p.example, (p.schema)()));
     let sinks = PLUGINS.sinks.iter().map(|p| ("sink", p.type_name, p.page, p.example, (p.schema)()));
-    let page = |(kind, name, text, example, schema): (_, _, _, _, schemars::Schema)| Page {
+    let shared = shared().into_iter().map(|(name, text, example, schema)| (ALL, name, text, example, schema));
+    let page = |(kind, name, text, example, schema): (_, _, _, _, Schema)| Page {
         kind,
         name,
         text,
         example,
         schema: schema.to_value(),
     };
-    sources.chain(operators).chain(sinks).map(page).collect()
+    shared.chain(sources).chain(operators).chain(sinks).map(page).collect()
 }
 
 impl Docs {
@@ -64,8 +177,10 @@ impl Docs {
 
 fn list(pages: &[Page]) -> String {
     let mut text = String::new();
-    for kind in ["source", "operator", "sink"] {
-        let _ = writeln!(text, "{kind}s:");
+    for (kind, heading) in
+        [(ALL, "in general:"), ("source", "sources:"), ("operator", "operators:"), ("sink", "sinks:")]
+    {
+        let _ = writeln!(text, "{heading}");
         for page in pages.iter().filter(|page| page.kind == kind) {
             let _ = writeln!(text, "  {:<12} {}", page.name, page.text.trim().lines().next().unwrap_or_default());
         }

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args;
-use pipeline::config::did_you_mean;
-use pipeline::config::{CheckContext, Problems};
+use pipeline::config::tree::{Node, Value};
+use pipeline::config::{CheckContext, Problems, did_you_mean};
 use pipeline::http::Routes;
 use pipeline::plugin::SourceContext;
 use pipeline::status::Status;
@@ -32,13 +32,19 @@ impl FieldsCommand {
         };
         let type_name = &entry.common.type_name.value;
         let plugin = PLUGINS.source(type_name).ok_or_else(|| Failure::user(format!("no source type `{type_name}`")))?;
+        let has_errors = |problems: &Problems| {
+            eprint!("{}", problems.render_errors(&loaded.path.display().to_string()));
+            Failure::user(format!("the source `{}` has errors", self.source))
+        };
+        if lacks_variable(&entry.options, &loaded.problems) {
+            return Err(has_errors(&loaded.problems));
+        }
         // The block may lack what this command finds out, so its own check is not asked.
         let mut problems = Problems::default();
         let node = format!("source {}", self.source);
         let mut cx = CheckContext::new(&mut problems, node, entry.position, &loaded.file.folder);
         let Some(config) = (plugin.read)(&entry.options, &mut cx) else {
-            eprint!("{}", problems.render(&loaded.path.display().to_string()));
-            return Err(Failure::user(format!("the source `{}` has errors", self.source)));
+            return Err(has_errors(&problems));
         };
         let context = SourceContext {
             name: self.source.clone(),
@@ -51,5 +57,14 @@ impl FieldsCommand {
         let runtime = runtime.map_err(|error| Failure::running(error.to_string()))?;
         let fields = runtime.block_on(config.discover(context)).map_err(|error| by_blame(&error))?;
         print(&fields.to_string())
+    }
+}
+
+/// Whether a value below `node` lacks its variable: the text that is there instead would be taken for the value.
+fn lacks_variable(node: &Node, problems: &Problems) -> bool {
+    match &node.value {
+        Value::Scalar(_) => problems.is_unset(node.position),
+        Value::Sequence(items) => items.iter().any(|item| lacks_variable(item, problems)),
+        Value::Mapping(entries) => entries.iter().any(|(_, value)| lacks_variable(value, problems)),
     }
 }

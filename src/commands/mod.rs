@@ -34,8 +34,9 @@ pub(crate) struct Arguments {
     log_format: LogFormat,
 }
 
-const EXIT_CODES: &str =
-    "Exit codes: 0 done (Ctrl-C and SIGTERM too); 1 wrong arguments, YAML or SQL; 2 anything met while running.";
+const EXIT_CODES: &str = "\
+Exit codes: 0 done (Ctrl-C and SIGTERM too); 1 wrong arguments, YAML or SQL; 2 anything met while running; 130 a stop that a
+second Ctrl-C or SIGTERM has cut short.";
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum LogFormat {
@@ -57,7 +58,7 @@ enum Command {
     Fields(fields::FieldsCommand),
     /// Print the JSON Schema of the file, for editors
     Schema,
-    /// Print the page of a plugin, or the list of plugins
+    /// Print the page of a plugin or of what all sources or sinks share, or the list of pages
     Docs(docs::Docs),
 }
 
@@ -75,6 +76,8 @@ impl Failure {
     pub(crate) const USER: u8 = 1;
     /// Anything met while running.
     pub(crate) const RUNNING: u8 = 2;
+    /// A second signal has ended a stop: 128 and the number of the interrupt, as shells have it.
+    pub(crate) const CUT_SHORT: u8 = 130;
 
     fn user(message: impl Into<String>) -> Self {
         Self { message: message.into(), code: Self::USER }
@@ -159,15 +162,15 @@ fn hint_for_missing(path: &Path) -> String {
 }
 
 impl Loaded {
-    /// Checks the graph. Problems go to stderr; errors end the command.
+    /// Checks the graph. Errors go to stderr and end the command; notes are for `pipeline check`, and not for every start.
     fn graph(mut self) -> Result<Graph, Failure> {
         let graph = graphs::check(&self.file, &PLUGINS, &mut self.problems);
-        eprint!("{}", self.problems.render(&self.path.display().to_string()));
+        eprint!("{}", self.problems.render_errors(&self.path.display().to_string()));
         graph.ok_or_else(|| Failure { message: self.summary(), code: Failure::USER })
     }
 
     fn summary(&self) -> String {
-        match self.problems.errors() {
+        match self.problems.errors_told() {
             1 => format!("`{}` has one error", self.path.display()),
             count => format!("`{}` has {count} errors", self.path.display()),
         }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use pipeline::runtime::{self, Options, Stopped};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::info;
 
 use super::{Failure, by_blame, load};
@@ -47,15 +47,27 @@ impl Run {
     }
 }
 
-/// Resolves on Ctrl-C or SIGTERM.
+/// Resolves on Ctrl-C or SIGTERM. From then on a second one ends the process at once: whoever cannot wait for the stop
+/// loses no more than by a crash.
 async fn stop_signal() {
     let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
     else {
         // Without signal handlers the default action ends the process.
         return std::future::pending().await;
     };
+    let name = either(&mut interrupt, &mut terminate).await;
+    info!("{name}: stopping; a second one stops at once");
+    tokio::spawn(async move {
+        let name = either(&mut interrupt, &mut terminate).await;
+        eprintln!("error: {name} again: the stop is cut short; the next start goes on from the last checkpoint");
+        std::process::exit(i32::from(Failure::CUT_SHORT));
+    });
+}
+
+/// Waits for one of the signals and tells its name.
+async fn either(interrupt: &mut Signal, terminate: &mut Signal) -> &'static str {
     tokio::select! {
-        _ = interrupt.recv() => info!("Ctrl-C: stopping"),
-        _ = terminate.recv() => info!("SIGTERM: stopping"),
+        _ = interrupt.recv() => "Ctrl-C",
+        _ = terminate.recv() => "SIGTERM",
     }
 }

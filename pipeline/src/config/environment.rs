@@ -28,9 +28,11 @@ fn walk(node: &mut Node, lookup: &dyn Fn(&str) -> Option<String>, problems: &mut
         Value::Scalar(scalar) if scalar.written.contains('$') => match replace(&scalar.written, lookup) {
             Ok(text) => scalar.text = text,
             Err((offset, message)) => {
-                let position =
+                // Two more for the quotes. Places inside a folded text cannot be told: they are all its first one.
+                let length = if scalar.verbatim { scalar.written.chars().count() + 2 } else { 1 };
+                let place =
                     if scalar.verbatim { position.right(offset + usize::from(!scalar.plain)) } else { position };
-                problems.push(problem(position, message));
+                problems.push_unset(problem(place, message), position, length);
             }
         },
         Value::Scalar(_) => {}
@@ -85,6 +87,20 @@ fn problem(position: Position, message: String) -> Problem {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::tree;
+
+    #[test]
+    fn what_is_wrong_only_because_a_variable_is_not_set_is_not_told() {
+        let mut problems = Problems::default();
+        let mut root = tree::parse("{a: \"${NONE}\", b: x}").expect("YAML");
+        expand(&mut root, &|_| None, &mut problems);
+        for (column, errors_told) in [(5, 1), (6, 1), (12, 1), (15, 2)] {
+            let errors = problems.errors();
+            problems.push(problem(Position { line: 1, column }, format!("wrong at {column}")));
+            assert_eq!(problems.errors_told(), errors_told, "{column}");
+            assert_eq!(problems.errors(), errors + 1, "it counts, so that what depends on the value is not looked at");
+        }
+    }
 
     #[test]
     fn variables_are_replaced_as_values_only() {

@@ -49,17 +49,43 @@ pub struct Problems {
     list: Vec<Problem>,
     /// Texts from the environment and what to show instead.
     hidden: Vec<(String, String)>,
+    /// Where a value lacks its variable: its first character, and how many there are.
+    unset: Vec<(Position, usize)>,
+    /// Errors that come of these.
+    consequences: usize,
 }
 
 /// Texts from the environment that are shorter are no secrets, and common in other words.
 const HIDDEN_CHARS_MIN: usize = 4;
 
 impl Problems {
-    /// Adds one.
+    /// Adds one, unless it is there already, or finds fault with a value whose variable is not set.
     pub fn push(&mut self, problem: Problem) {
-        if !self.list.contains(&problem) {
+        let Position { line, column } = problem.position;
+        let in_unset =
+            |(at, length): &(Position, usize)| line == at.line && (at.column..at.column + length).contains(&column);
+        if self.unset.iter().any(in_unset) {
+            self.consequences += usize::from(problem.severity == Severity::Error);
+        } else if !self.list.contains(&problem) {
             self.list.push(problem);
         }
+    }
+
+    /// Adds what is wrong with the variables of a value. Whatever else is wrong with the `length` characters from `value`
+    /// on comes of that.
+    pub fn push_unset(&mut self, problem: Problem, value: Position, length: usize) {
+        self.push(problem);
+        self.unset.push((value, length));
+    }
+
+    /// Whether the value that starts here lacks its variable.
+    pub fn is_unset(&self, value: Position) -> bool {
+        self.unset.iter().any(|(at, _)| *at == value)
+    }
+
+    /// None yet, for a check whose problems are perhaps not told; but knowing which values lack their variable.
+    pub fn fork(&self) -> Self {
+        Self { unset: self.unset.clone(), ..Self::default() }
     }
 
     /// From now on [`Self::render`] shows `${name}` where a message quotes `value`, which may be a password.
@@ -81,8 +107,13 @@ impl Problems {
         self.list.is_empty()
     }
 
-    /// Number of errors so far.
+    /// Number of errors so far, those included that are not told because they come of others.
     pub fn errors(&self) -> usize {
+        self.errors_told() + self.consequences
+    }
+
+    /// Number of errors that are told.
+    pub fn errors_told(&self) -> usize {
         self.list.iter().filter(|p| p.severity == Severity::Error).count()
     }
 
@@ -95,7 +126,17 @@ impl Problems {
 
     /// The text for a terminal: `file:line:column: error: node: message`, and a hint below it.
     pub fn render(&self, file: &str) -> String {
-        let lines = self.sorted().into_iter().map(|problem| {
+        self.render_where(file, |_| true)
+    }
+
+    /// As [`Self::render`], without the notes.
+    pub fn render_errors(&self, file: &str) -> String {
+        self.render_where(file, |problem| problem.severity == Severity::Error)
+    }
+
+    fn render_where(&self, file: &str, is_shown: impl Fn(&Problem) -> bool) -> String {
+        let shown = self.sorted().into_iter().filter(|problem| is_shown(problem));
+        let lines = shown.map(|problem| {
             let mut line = problem.to_string();
             for (value, shown) in &self.hidden {
                 line = line.replace(value, shown);

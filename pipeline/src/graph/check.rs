@@ -7,14 +7,16 @@ use std::sync::Arc;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{EventTime, Graph, GraphPipeline, GraphSink, GraphSource, Input, Producer, downstream, errors_schema};
+use super::{
+    EventTime, Graph, GraphPipeline, GraphSink, GraphSource, Input, Producer, downstream, errors_schema, unknown,
+};
 use crate::config::pipelines::{PipelineEntry, SinkEntry, SourceEntry};
 use crate::config::tree::{Node, Value};
 use crate::config::{At, CheckContext, Pipelines, Position, Problems, did_you_mean};
 use crate::plugin::operator::AnyOperator;
 use crate::plugin::sink::AnySink;
 use crate::plugin::source::AnySource;
-use crate::plugin::{Mount, Operator, Planned, Plugins, SinkInput, StreamShape};
+use crate::plugin::{Mount, Operator, Planned, Plugins, SinkInput, SourcePlugin, SourceShape, StreamShape};
 use crate::schema::type_word;
 
 /// Metric of a source's row errors: the source's name and this.
@@ -148,13 +150,19 @@ impl<'a> Checker<'a> {
         if let Some(errors) = &entry.common.errors {
             sink_exists(file, errors, &mut cx);
         }
-        let config: Arc<dyn AnySource> = (plugin.read)(&entry.options, &mut cx)?.into();
-        let shape = config.check(&mut cx)?;
+        let (config, shape) = match (plugin.read)(&entry.options, &mut cx) {
+            Some(config) => {
+                let shape = config.check(&mut cx)?;
+                (config, shape)
+            }
+            None => columns_in_spite(plugin, entry, &file.folder)?,
+        };
+        let config: Arc<dyn AnySource> = config.into();
         duplicate_columns(&shape.schema, entry.position, &mut cx);
         let event_time = entry.common.event_time.as_ref().and_then(|config| {
             let column = cx.column(&config.field, &shape.schema)?;
             let field = shape.schema.field(column);
-            if !matches!(field.data_type(), DataType::Timestamp(..)) {
+            if !matches!(field.data_type(), DataType::Timestamp(..) | DataType::Null) {
                 let hint = "give it the type `timestamp`, or `timestamp_ms` if it is a number".to_owned();
                 let message = format!("`{}` is {}, not a timestamp", field.name(), type_word(field));
                 cx.error_hint(config.field.position, message, Some(hint));
@@ -389,10 +397,12 @@ impl<'a> Checker<'a> {
                     list
                 });
             }
-            let mut cx = self.context(node, step.name.position);
             let kept = read.as_ref().filter(|operator| operator.keeps_columns());
             let kept = kept.and(step_inputs.as_ref()).and_then(|list| list.first().cloned());
-            let planned = step_inputs.zip(read.as_ref()).and_then(|(list, operator)| operator.plan(&list, &mut cx));
+            let planned = step_inputs.zip(read.as_ref()).and_then(|(list, operator)| {
+                plan(operator.as_ref(), &list, self.problems, (&node, step.name.position, &self.file.folder))
+            });
+            let mut cx = self.context(node, step.name.position);
             match planned {
                 Some(Planned { shape: next, operator }) => {
                     duplicate_columns(&next.schema, step.name.position, &mut cx);
@@ -427,7 +437,8 @@ impl<'a> Checker<'a> {
     fn sink(&mut self, entry: &SinkEntry, pipelines: &[Checked]) -> Option<GraphSink> {
         let file = self.file;
         let plugins = self.plugins;
-        let mut cx = self.context(format!("sink {}", entry.name.value), entry.position);
+        let node = format!("sink {}", entry.name.value);
+        let mut cx = self.context(node.clone(), entry.position);
         let Some(plugin) = plugins.sink(&entry.type_name) else {
             let hint = did_you_mean(&entry.type_name, plugins.sinks.iter().map(|p| p.type_name));
             cx.error_hint(entry.type_name.position, format!("no sink type `{}`", entry.type_name.value), hint);
@@ -455,7 +466,15 @@ impl<'a> Checker<'a> {
                 producers.push(Producer::SourceErrors(index));
             }
         }
-        let shape = config.check(if all_known { &inputs } else { &[] }, &mut cx)?;
+        let known: &[SinkInput] = if all_known { &inputs } else { &[] };
+        let shapes: Vec<StreamShape> = known.iter().map(|input| input.shape.clone()).collect();
+        let checked = unknown::for_every_type(&shapes, self.problems, |shapes, problems| {
+            let of = |(input, shape): (&SinkInput, &StreamShape)| SinkInput { shape: shape.clone(), ..input.clone() };
+            let inputs: Vec<SinkInput> = known.iter().zip(shapes).map(of).collect();
+            config.check(&inputs, &mut CheckContext::new(problems, node.clone(), entry.position, &file.folder))
+        });
+        let shape = checked.into_iter().next().flatten()?;
+        let mut cx = self.context(node, entry.position);
         if inputs.is_empty() && all_known {
             cx.note(entry.position, "no pipeline writes to this sink");
         }
@@ -508,6 +527,40 @@ impl<'a> Checker<'a> {
     }
 }
 
+/// What is left of a source whose options could not all be read, if that tells the columns: only single values are wrong, no
+/// list and no mapping, and no key is unknown, which may be that of the columns misspelt.
+fn columns_in_spite(
+    plugin: &SourcePlugin,
+    entry: &SourceEntry,
+    folder: &Path,
+) -> Option<(Box<dyn AnySource>, SourceShape)> {
+    let mut found = Problems::default();
+    let mut cx = CheckContext::new(&mut found, "", entry.position, folder);
+    let config = (plugin.read_rest)(&entry.options, &mut cx)?;
+    // What it says of the rest may come of what is missing there.
+    let shape = config.check(&mut CheckContext::new(&mut Problems::default(), "", entry.position, folder))?;
+    let is_single = |position: Position| {
+        let values = entry.options.mapping().unwrap_or_default().iter().map(|(_, value)| value);
+        values.into_iter().any(|value| value.position == position && value.text().is_some())
+    };
+    found.sorted().iter().all(|problem| is_single(problem.position)).then_some((config, shape))
+}
+
+/// Plans one step; where a type of its inputs is not known, for every type that it may be.
+fn plan(
+    operator: &dyn AnyOperator,
+    inputs: &[StreamShape],
+    problems: &mut Problems,
+    (node, position, folder): (&str, Position, &Path),
+) -> Option<Planned> {
+    let planned = unknown::for_every_type(inputs, problems, |inputs, problems| {
+        operator.plan(inputs, &mut CheckContext::new(problems, node, position, folder))
+    });
+    let shapes: Vec<StreamShape> = planned.iter().flatten().map(|planned| planned.shape.clone()).collect();
+    let best = planned.into_iter().flatten().next()?;
+    Some(Planned { shape: unknown::common(&shapes)?, operator: best.operator })
+}
+
 /// The name of a step in messages.
 fn step_node(entry: &PipelineEntry, number: usize) -> String {
     format!("pipeline {} step {} ({})", entry.name.value, number + 1, entry.steps[number].name.value)
@@ -535,9 +588,12 @@ fn unite(inputs: &[(&At<String>, StreamShape)], cx: &mut CheckContext<'_>) -> Op
         first.schema.fields().iter().map(|f| (Arc::clone(f), first_name.value.as_str())).collect();
     for (name, shape) in &inputs[1..] {
         for field in shape.schema.fields() {
-            match fields.iter().find(|(other, _)| other.name() == field.name()) {
+            match fields.iter_mut().find(|(other, _)| other.name() == field.name()) {
                 None => fields.push((Arc::clone(field), name.value.as_str())),
                 Some((other, _)) if other.data_type() == field.data_type() => {}
+                // A type that is not known is no other type.
+                Some((other, _)) if *other.data_type() == DataType::Null => *other = Arc::clone(field),
+                Some(_) if *field.data_type() == DataType::Null => {}
                 Some((other, owner)) => {
                     let message = format!(
                         "column `{}` is {} in `{owner}` and {} in `{}`",

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{Graph, Producer};
+use super::{Graph, GraphPipeline, GraphSink, GraphSource, Producer};
 use crate::schema::type_word;
 
 impl Graph {
@@ -13,19 +13,25 @@ impl Graph {
         }
     }
 
+    /// The kind and name of a node: names alone may be words of Mermaid (`end`), or be those of a sink too.
+    fn producer_id(&self, producer: Producer) -> String {
+        let kind = if matches!(producer, Producer::Pipeline(_)) { "pipeline" } else { "source" };
+        format!("{kind}_{}", self.producer_name(producer))
+    }
+
     /// Every edge as (from, to, what flows).
     fn edges(&self) -> Vec<(String, String, &'static str)> {
         let mut edges = Vec::new();
         for pipeline in &self.pipelines {
             for input in &pipeline.inputs {
                 let what = if input.input == 0 { "" } else { "join" };
-                edges.push((self.producer_name(input.producer), pipeline.name.clone(), what));
+                edges.push((self.producer_id(input.producer), format!("pipeline_{}", pipeline.name), what));
             }
         }
         for sink in &self.sinks {
             for producer in &sink.producers {
                 let what = if matches!(producer, Producer::SourceErrors(_)) { "errors" } else { "" };
-                edges.push((self.producer_name(*producer), format!("sink.{}", sink.name), what));
+                edges.push((self.producer_id(*producer), format!("sink_{}", sink.name), what));
             }
         }
         edges
@@ -65,18 +71,16 @@ impl Graph {
     /// A Mermaid flowchart.
     pub fn to_mermaid(&self) -> String {
         let mut text = String::from("flowchart LR\n");
-        for source in &self.sources {
-            let _ = writeln!(text, "  {}[/\"{}<br/>{}\"/]", source.name, source.name, source.type_name);
+        for GraphSource { name, type_name, .. } in &self.sources {
+            let _ = writeln!(text, "  source_{name}[/\"{name}<br/>{type_name}\"/]");
         }
-        for pipeline in &self.pipelines {
-            let _ =
-                writeln!(text, "  {}[\"{}<br/>{}\"]", pipeline.name, pipeline.name, pipeline.step_names.join(" | "));
+        for GraphPipeline { name, step_names, .. } in &self.pipelines {
+            let _ = writeln!(text, "  pipeline_{name}[\"{name}<br/>{}\"]", step_names.join(" | "));
         }
-        for sink in &self.sinks {
-            let _ = writeln!(text, "  sink_{}[(\"{}<br/>{}\")]", sink.name, sink.name, sink.type_name);
+        for GraphSink { name, type_name, .. } in &self.sinks {
+            let _ = writeln!(text, "  sink_{name}[(\"{name}<br/>{type_name}\")]");
         }
         for (from, to, what) in self.edges() {
-            let to = to.replace('.', "_");
             let _ = match what {
                 "" => writeln!(text, "  {from} --> {to}"),
                 what => writeln!(text, "  {from} -- {what} --> {to}"),
@@ -88,23 +92,15 @@ impl Graph {
     /// A Graphviz digraph.
     pub fn to_dot(&self) -> String {
         let mut text = String::from("digraph tailwater {\n  rankdir=LR;\n");
-        for source in &self.sources {
-            let _ = writeln!(
-                text,
-                "  \"{}\" [shape=parallelogram, label=\"{}\\n{}\"];",
-                source.name, source.name, source.type_name
-            );
+        for GraphSource { name, type_name, .. } in &self.sources {
+            let _ = writeln!(text, "  \"source_{name}\" [shape=parallelogram, label=\"{name}\\n{type_name}\"];");
         }
-        for pipeline in &self.pipelines {
-            let steps = pipeline.step_names.join(" | ");
-            let _ = writeln!(text, "  \"{}\" [shape=box, label=\"{}\\n{steps}\"];", pipeline.name, pipeline.name);
+        for GraphPipeline { name, step_names, .. } in &self.pipelines {
+            let steps = step_names.join(" | ");
+            let _ = writeln!(text, "  \"pipeline_{name}\" [shape=box, label=\"{name}\\n{steps}\"];");
         }
-        for sink in &self.sinks {
-            let _ = writeln!(
-                text,
-                "  \"sink.{}\" [shape=cylinder, label=\"{}\\n{}\"];",
-                sink.name, sink.name, sink.type_name
-            );
+        for GraphSink { name, type_name, .. } in &self.sinks {
+            let _ = writeln!(text, "  \"sink_{name}\" [shape=cylinder, label=\"{name}\\n{type_name}\"];");
         }
         for (from, to, what) in self.edges() {
             let _ = writeln!(text, "  \"{from}\" -> \"{to}\" [label=\"{what}\"];");

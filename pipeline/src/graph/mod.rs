@@ -5,6 +5,7 @@ mod check;
 pub mod display;
 #[cfg(test)]
 mod tests;
+mod unknown;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -1,12 +1,13 @@
 //! The engine's own routes: health, metrics, the graph, the latest rows, connections, history.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use async_trait::async_trait;
 use hyper::StatusCode;
-use hyper::header::{CACHE_CONTROL, ETAG, HeaderValue, IF_NONE_MATCH, RETRY_AFTER};
+use hyper::header::{CACHE_CONTROL, ETAG, HeaderValue, RETRY_AFTER};
 use serde_json::{Value, json};
 
 use super::{Handler, Request, Response, Routes, respond};
@@ -201,8 +202,7 @@ impl Api {
         self.live.want_for_a_minute(name);
         let latest = self.live.latest(name).unwrap_or_default();
         let tag = format!("\"{}-{}\"", self.live.epoch, latest.number);
-        let known = request.inner.headers().get(IF_NONE_MATCH).and_then(|value| value.to_str().ok());
-        let mut response = if known.is_some_and(|known| known.split(',').any(|one| one.trim() == tag)) {
+        let mut response = if respond::is_known(request.inner.headers(), &tag) {
             respond::answer(StatusCode::NOT_MODIFIED, "application/json", "")
         } else {
             respond::answer(StatusCode::OK, "application/json", latest_body(name, &self.live.epoch, &latest, &filters))
@@ -215,25 +215,22 @@ impl Api {
         response
     }
 
+    /// Totals of the live connections; who subscribes to what; how many keys (devices, say) each metric knows.
     fn stats(&self) -> Value {
-        let totals = self.live.status.connections.totals();
-        let mut subscribers = serde_json::Map::new();
-        for metric in self.live.metrics() {
-            subscribers.insert(metric.to_owned(), self.live.subscribers(metric).into());
-        }
+        let live = &self.live;
+        let totals = live.status.connections.totals();
+        let subscribers: BTreeMap<&str, u64> = live.metrics().map(|name| (name, live.subscribers(name))).collect();
+        let keyed = live.metrics().filter(|name| live.keys(name).is_some_and(|keys| !keys.is_empty()));
+        let keys: BTreeMap<&str, usize> = keyed.map(|name| (name, live.keys_seen(name))).collect();
+        let nodes = live.status.nodes();
+        let sources = nodes.iter().filter(|node| node.kind == NodeKind::Source);
         let mut stats = json!(totals);
         stats["has_subscribers"] = (totals.active_connections > 0).into();
-        stats["subscribers"] = Value::Object(subscribers);
-        stats["uptime_seconds"] = ((now_us() - self.live.status.started_us) / 1_000_000).into();
-        let rows: u64 = self
-            .live
-            .status
-            .nodes()
-            .iter()
-            .filter(|n| n.kind == NodeKind::Source)
-            .map(|n| n.rows_out.load(Relaxed))
-            .sum();
-        stats["total_messages_processed"] = rows.into();
+        stats["active_subscribers"] = subscribers.values().sum::<u64>().into();
+        stats["subscribers"] = json!(subscribers);
+        stats["keys"] = json!(keys);
+        stats["uptime_seconds"] = ((now_us() - live.status.started_us) / 1_000_000).into();
+        stats["total_messages_processed"] = sources.map(|node| node.rows_out.load(Relaxed)).sum::<u64>().into();
         stats
     }
 

@@ -3,6 +3,8 @@
 pub mod api;
 pub mod respond;
 pub mod server;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -56,6 +58,14 @@ impl Routes {
         let handlers = routes.get(path).or_else(above)?;
         let handler = handlers.iter().find(|(m, _)| *m == method).map(|(_, handler)| Arc::clone(handler));
         Some(handler.ok_or_else(|| handlers.iter().map(|(m, _)| *m).collect()))
+    }
+
+    /// Every path, in order.
+    pub fn paths(&self) -> Vec<String> {
+        let routes = self.routes.read().unwrap_or_else(PoisonError::into_inner);
+        let mut paths: Vec<String> = routes.keys().cloned().collect();
+        paths.sort_unstable();
+        paths
     }
 }
 

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::Incoming;
-use hyper::header::{CONTENT_TYPE, HeaderValue};
+use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderValue, IF_NONE_MATCH};
 use hyper::{StatusCode, Uri};
 
 use super::{Body, Response};
@@ -42,6 +42,27 @@ pub fn parameters(uri: &Uri) -> Vec<(String, String)> {
             (decode(name).into_owned(), decode(value).into_owned())
         })
         .collect()
+}
+
+/// Whether `If-None-Match` names the entity tag `tag` (with its quotes), so that the client has what there is: by weak
+/// comparison, in a list, or as `*` (RFC 9110, 13.1.2).
+pub fn is_known(headers: &HeaderMap, tag: &str) -> bool {
+    let lines = headers.get_all(IF_NONE_MATCH).iter().filter_map(|value| value.to_str().ok());
+    lines
+        .into_iter()
+        .any(|line| line.trim() == "*" || entity_tags(line).any(|known| known == tag.trim_start_matches("W/")))
+}
+
+/// The entity tags of a list, with their quotes, without `W/`. A comma inside quotes is a part of the tag.
+fn entity_tags(list: &str) -> impl Iterator<Item = &str> {
+    let mut rest = list;
+    std::iter::from_fn(move || {
+        let start = rest.find('"')?;
+        let end = start + 1 + rest[start + 1..].find('"')?;
+        let tag = &rest[start..=end];
+        rest = &rest[end + 1..];
+        Some(tag)
+    })
 }
 
 /// Percent-decoding with `+` as a space; a wrong escape stays as it is.

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 use hyper::header::{ALLOW, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -18,6 +18,7 @@ use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
 use super::{Request, Response, Routes, respond};
+use crate::config::did_you_mean;
 
 /// Most connections at one time, live ones included; a further one waits in the kernel's queue. About 4 KiB of
 /// kernel memory each.
@@ -118,9 +119,14 @@ async fn route(routes: &Routes, inner: hyper::Request<Incoming>, peer: SocketAdd
     match found {
         Some(Ok(handler)) => {
             let response = handler.handle(Request { inner, peer }).await;
-            if head { response.map(|_| respond::full("")) } else { response }
+            // hyper sends the head of a whole body with its length and leaves the body out; a stream it would begin.
+            let is_stream = response.body().size_hint().exact().is_none();
+            if head && is_stream { response.map(|_| respond::full("")) } else { response }
         }
-        Some(Err(methods)) => {
+        Some(Err(mut methods)) => {
+            if methods.contains(&"GET") {
+                methods.push("HEAD");
+            }
             let allowed = methods.join(", ");
             let message = format!("`{path}` takes {allowed}");
             let mut response = respond::error(StatusCode::METHOD_NOT_ALLOWED, message);
@@ -129,6 +135,9 @@ async fn route(routes: &Routes, inner: hyper::Request<Incoming>, peer: SocketAdd
             }
             response
         }
-        None => respond::error(StatusCode::NOT_FOUND, format!("nothing at `{path}`")),
+        None => {
+            let hint = did_you_mean(&path, routes.paths()).map(|hint| format!("; {hint}")).unwrap_or_default();
+            respond::error(StatusCode::NOT_FOUND, format!("nothing at `{path}`{hint}"))
+        }
     }
 }

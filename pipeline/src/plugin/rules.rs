@@ -73,8 +73,17 @@ pub fn broken_by_sinks(plugins: &[SinkPlugin]) -> Vec<String> {
         rules.page(plugin.page);
         rules.schema(&(plugin.schema)());
         let Some(block) = rules.block(plugin.example, &SINK_KEYS_OF_THE_ENGINE) else { continue };
-        rules.clean(|cx| (plugin.read)(&block, cx).and_then(|sink| sink.check(&inputs, cx)).is_some());
+        let check = |block: &Node, cx: &mut CheckContext<'_>| (plugin.read)(block, cx)?.check(&inputs, cx);
+        let mut shape = None;
+        rules.clean(|cx| {
+            shape = check(&block, cx);
+            shape.is_some()
+        });
         rules.unknown_key(&block, |block, cx| (plugin.read)(block, cx).is_some());
+        // What is neither live nor staged in files is delivered from an outbox.
+        if shape.is_some_and(|shape| !shape.live && shape.history.is_none()) {
+            rules.batch(&block, |block, cx| check(block, cx).is_some());
+        }
     }
     broken
 }
@@ -199,9 +208,8 @@ impl<'a> Rules<'a> {
         let mut block = block.clone();
         // A step such as `filter: x > 0` has no keys.
         let Value::Mapping(entries) = &mut block.value else { return };
-        let one = Scalar { text: "1".to_owned(), written: "1".to_owned(), plain: true, verbatim: true };
         let key = Key { position: UNKNOWN_KEY_AT, name: UNKNOWN_KEY.to_owned() };
-        entries.push((key, Node { position: UNKNOWN_KEY_AT.right(20), value: Value::Scalar(one) }));
+        entries.push((key, number("1", UNKNOWN_KEY_AT.right(20))));
         let mut problems = Problems::default();
         let passed = read(&block, &mut self.context(&mut problems));
         let reported =
@@ -211,9 +219,40 @@ impl<'a> Rules<'a> {
         }
     }
 
+    /// A sink with an outbox has the option `batch`, and says where it cannot be.
+    fn batch(&mut self, block: &Node, check: impl Fn(&Node, &mut CheckContext<'_>) -> bool) {
+        for (rows, every, is_right) in [("50", "2s", true), ("0", "2s", false), ("8193", "0s", false)] {
+            let mut block = block.clone();
+            block.remove("batch");
+            let Value::Mapping(entries) = &mut block.value else { return };
+            let key = |name: &str| Key { position: UNKNOWN_KEY_AT, name: name.to_owned() };
+            let options =
+                vec![(key("rows"), number(rows, UNKNOWN_KEY_AT)), (key("every"), number(every, UNKNOWN_KEY_AT))];
+            entries.push((key("batch"), Node { position: UNKNOWN_KEY_AT, value: Value::Mapping(options) }));
+            let mut problems = Problems::default();
+            let passed = check(&block, &mut self.context(&mut problems));
+            let reported = problems
+                .sorted()
+                .iter()
+                .any(|p| p.position == UNKNOWN_KEY_AT && p.message.starts_with("`rows` is 1 to"));
+            if passed != is_right || reported == is_right {
+                let problems = problems.render("example");
+                self.broken(format!(
+                    "`batch: {{rows: {rows}, every: {every}}}` is not what `BatchOptions` make of it:\n{problems}"
+                ));
+            }
+        }
+    }
+
     fn context<'p>(&self, problems: &'p mut Problems) -> CheckContext<'p> {
         CheckContext::new(problems, self.node.clone(), Position { line: 1, column: 1 }, Path::new("."))
     }
+}
+
+/// An unquoted scalar.
+fn number(text: &str, position: Position) -> Node {
+    let scalar = Scalar { text: text.to_owned(), written: text.to_owned(), plain: true, verbatim: true };
+    Node { position, value: Value::Scalar(scalar) }
 }
 
 /// Whether a schema says what it is for.
@@ -255,7 +294,9 @@ mod tests {
 
     use super::*;
     use crate::error::{Error, Result};
-    use crate::plugin::{Delivery, Schedule, Source, SourceConfig, SourceContext, SourceShape};
+    use crate::plugin::{
+        Delivery, Schedule, Sink, SinkConfig, SinkContext, SinkShape, Source, SourceConfig, SourceContext, SourceShape,
+    };
 
     macro_rules! source {
         ($name:ident, $type_name:literal, $page:literal, $example:literal) => {
@@ -302,6 +343,30 @@ mod tests {
         _host: String,
     }
     source!(Bad, "Bad", "# Bad", "type: bat\nurl: {}");
+
+    /// An outbox sink, since it is neither live nor history, but without `batch`.
+    #[derive(Deserialize, JsonSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Unbatched {}
+    impl SinkConfig for Unbatched {
+        const TYPE: &'static str = "unbatched";
+        const PAGE: &'static str = "Takes rows.\n\n## Writes";
+        const EXAMPLE: &'static str = "type: unbatched";
+
+        fn check(&self, _: &[SinkInput], _: &mut CheckContext<'_>) -> Option<SinkShape> {
+            Some(SinkShape::default())
+        }
+
+        fn build(&self, _: SinkContext) -> Result<Sink> {
+            Err(Error::internal("never built"))
+        }
+    }
+
+    #[test]
+    fn a_sink_with_an_outbox_has_the_option_batch() {
+        let broken = broken_by_sinks(&[SinkPlugin::of::<Unbatched>()]);
+        assert!(!broken.is_empty() && broken.iter().all(|one| one.contains("`batch: {rows: ")), "{broken:?}");
+    }
 
     #[test]
     fn what_breaks_a_rule_is_named_and_what_does_not_passes() {

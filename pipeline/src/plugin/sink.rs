@@ -16,12 +16,13 @@ use std::time::Duration;
 use arrow::array::RecordBatch;
 use async_trait::async_trait;
 use schemars::JsonSchema;
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::operator::StreamShape;
-use crate::batch::Batch;
+use crate::batch::{BATCH_ROWS_MAX, Batch};
 use crate::config::tree::Node;
-use crate::config::{CheckContext, deserialize};
+use crate::config::{self, At, CheckContext, deserialize};
 use crate::error::Result;
 use crate::http::Routes;
 use crate::live::Live;
@@ -101,7 +102,7 @@ pub type HistoryTail = Arc<RwLock<Vec<RecordBatch>>>;
 pub enum Sink {
     /// Bound to checkpoints.
     Staging(Box<dyn StagingSink>),
-    /// Delivered by the engine.
+    /// Delivered by the engine. The configuration has the option `batch`: [`BatchOptions`].
     Outbox(Box<dyn OutboxSink>, BatchLimits),
     /// Handed to whoever listens.
     Live(Box<dyn LiveSink>),
@@ -161,6 +162,36 @@ pub struct BatchLimits {
     pub rows: usize,
     /// Most time a row waits for others. Zero delivers at once.
     pub every: Duration,
+}
+
+/// The option `batch` of every outbox sink: when the rows that wait become a delivery. What is not said is up to the
+/// sink.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct BatchOptions {
+    /// Most rows of one delivery, 1 to 8192.
+    pub rows: Option<At<usize>>,
+    /// Most time a row waits for others before it is delivered with fewer; `0s` delivers at once.
+    pub every: Option<config::Duration>,
+}
+
+impl BatchOptions {
+    /// Reports a number of rows that no delivery can have.
+    pub fn check(&self, cx: &mut CheckContext<'_>) {
+        if let Some(rows) = &self.rows
+            && !(1..=BATCH_ROWS_MAX).contains(&rows.value)
+        {
+            cx.error(rows.position, format!("`rows` is 1 to {BATCH_ROWS_MAX}"));
+        }
+    }
+
+    /// What is said here, the rest from `default`.
+    pub fn limits(&self, default: BatchLimits) -> BatchLimits {
+        BatchLimits {
+            rows: self.rows.as_ref().map_or(default.rows, |rows| rows.value),
+            every: self.every.map_or(default.every, |every| every.0),
+        }
+    }
 }
 
 /// One entry of the list of sinks.

@@ -43,7 +43,8 @@ pub trait SourceConfig: DeserializeOwned + JsonSchema + Send + Sync + Sized + 's
     const EXAMPLE: &'static str;
 
     /// Reports what is wrong and says what the source emits. Pure: no I/O of any kind.
-    /// `None` if the shape cannot be told; then at least one problem was reported.
+    /// The shape is given whenever the columns can be told, also where another option is wrong: then the pipelines can be
+    /// checked all the same. `None` if it cannot be told; then at least one problem was reported.
     fn check(&self, cx: &mut CheckContext<'_>) -> Option<SourceShape>;
 
     /// Makes the running source. Called once, after `check` found nothing wrong. Opens no connection.
@@ -336,6 +337,8 @@ pub struct SourcePlugin {
     pub schema: fn() -> schemars::Schema,
     /// Reads a YAML block.
     pub read: fn(&Node, &mut CheckContext<'_>) -> Option<Box<dyn AnySource>>,
+    /// Reads what is left of a YAML block when the wrong parts are taken out.
+    pub read_rest: fn(&Node, &mut CheckContext<'_>) -> Option<Box<dyn AnySource>>,
 }
 
 impl SourcePlugin {
@@ -347,6 +350,7 @@ impl SourcePlugin {
             example: T::EXAMPLE,
             schema: || schemars::schema_for!(T),
             read: |node, cx| Some(Box::new(deserialize::read::<T>(node, cx)?)),
+            read_rest: |node, cx| Some(Box::new(deserialize::read_rest::<T>(node, cx)?)),
         }
     }
 }

@@ -43,7 +43,7 @@ pub use coordinator::Stopped;
 use crate::disk::{Disk, RealDisk};
 use crate::error::{Error, Result};
 use crate::graph::{ERRORS_SUFFIX, Graph, GraphPipeline, GraphSink, GraphSource, Producer};
-use crate::history::{History, Table};
+use crate::history::{History, Table, files};
 use crate::http::{Routes, api, server};
 use crate::live::Live;
 use crate::plugin::{Delivery, HistoryTail, Sink, SinkContext, SourceContext};
@@ -70,6 +70,10 @@ const CLIENTS_WITHIN: Duration = Duration::from_secs(5);
 
 /// At a stop, acknowledgements may be on their way to their senders for this long; what has none comes again.
 const SOURCES_WITHIN: Duration = Duration::from_secs(5);
+
+/// Sinks deliver once every source has tried to connect, but wait no longer than this: a source may run the very server
+/// (an embedded broker) that a sink delivers to, and a sink that finds none would wait for its next try.
+const SOURCES_FIRST: Duration = Duration::from_secs(1);
 
 /// Commits that wait for a sink: of the checkpoint at hand, and of one that a stop has overtaken.
 const COMMITS_MAX: usize = 4;
@@ -156,6 +160,7 @@ impl Starter {
 
     /// Builds and starts every node, then watches over them until the stop.
     async fn run(mut self, stop: impl Future<Output = ()> + Send) -> Result<Outcome> {
+        self.warn_of_history_written_again();
         let sources = std::mem::take(&mut self.graph.sources);
         let pipelines = std::mem::take(&mut self.graph.pipelines);
         let sinks = std::mem::take(&mut self.graph.sinks);
@@ -235,6 +240,23 @@ impl Starter {
         let lost = if key.starts_with("sink/") { "rows that it kept" } else { "its position and open windows" };
         warn!("{key} has changed since checkpoint {number}: it starts anew; {lost} are lost");
         None
+    }
+
+    /// A graph that has run to its end starts anew: what it wrote then stands in the history already.
+    fn warn_of_history_written_again(&self) {
+        if !self.graph.is_bounded() || self.options.drain || self.restored.number > 0 {
+            return;
+        }
+        let folders = self.history.tables().iter().map(|table| table.folder.join(&table.name));
+        let written = folders.filter(|folder| files::list(folder).is_ok_and(|files| !files.is_empty()));
+        let written: Vec<String> = written.map(|folder| format!("`{}`", folder.display())).collect();
+        if !written.is_empty() {
+            warn!(
+                "this run reads its sources from their start, and adds its rows to those that the history has already; \
+                 if they are to stand there once, stop it and remove {} first",
+                written.join(", ")
+            );
+        }
     }
 
     fn warn_of_lost_state(&self, nodes: &BTreeMap<String, u64>) {
@@ -435,6 +457,7 @@ impl Starter {
             arrivals: arrival_sender,
             wanted,
             status,
+            trying: Some(nodes.trying.clone()),
         };
         nodes.sources.push((intake, reader));
         Ok(())
@@ -454,6 +477,8 @@ struct Nodes {
     pipelines: Vec<PipelineTask>,
     sinks: Vec<SinkTask>,
     deliveries: Vec<DeliveryTask>,
+    /// Each source holds a clone until it has tried to connect.
+    trying: watch::Sender<()>,
 }
 
 /// What is left of the nodes once they run: the ways to them.
@@ -480,14 +505,23 @@ impl Nodes {
             pipelines: Vec::new(),
             sinks: Vec::new(),
             deliveries: Vec::new(),
+            trying: watch::Sender::new(()),
         }
     }
 
     /// Spawns everything, consumers first.
     fn start(self, operators: &Handle, drain: bool) -> Started {
+        let tried = self.trying.subscribe();
+        drop(self.trying);
         for task in self.deliveries {
             let key = format!("sink/{}", task.name);
-            tokio::spawn(watched(key, self.reporter.clone(), task.run()));
+            let mut tried = tried.clone();
+            let deliver = async move {
+                // Closed once every source has tried.
+                let _ = timeout(SOURCES_FIRST, tried.changed()).await;
+                task.run().await;
+            };
+            tokio::spawn(watched(key, self.reporter.clone(), deliver));
         }
         for task in self.sinks {
             tokio::spawn(watched(task.key.clone(), self.reporter.clone(), task.run()));

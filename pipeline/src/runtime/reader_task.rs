@@ -21,6 +21,10 @@ pub(crate) const ARRIVALS_MAX: usize = 32;
 /// A connection that lived this long was a good one: the next failure starts with the shortest wait again.
 const GOOD_CONNECTION: Duration = Duration::from_secs(5);
 
+/// For this long after its start, a source that is not connected is no more than news: what it reads may be made by the
+/// graph itself (a broker inside the process, a table that a sink creates), or by a server that starts beside it.
+const STARTING: Duration = Duration::from_secs(5);
+
 /// What the connection hands to the graph.
 pub(crate) enum Arrival {
     /// A new connection; acknowledgements go here from now on.
@@ -53,6 +57,8 @@ pub(crate) struct ReaderTask {
     pub(crate) arrivals: Sender<Arrival>,
     pub(crate) wanted: watch::Receiver<bool>,
     pub(crate) status: Arc<NodeStatus>,
+    /// Dropped after the first try to connect, for which the deliveries of the sinks wait.
+    pub(crate) trying: Option<watch::Sender<()>>,
 }
 
 /// Why reading stopped.
@@ -77,8 +83,11 @@ impl ReaderTask {
 
     async fn connect_and_read(&mut self) {
         let mut back_off = BackOff::new(crate::time::now_us() as u64 ^ self.status.name.len() as u64);
+        let started = Instant::now();
         loop {
-            let error = match self.source.connect(self.position.as_deref()).await {
+            let connected = self.source.connect(self.position.as_deref()).await;
+            self.trying = None;
+            let error = match connected {
                 Ok(reader) => {
                     info!(source = %self.status.name, "connected");
                     self.status.set_state(NodeState::Healthy);
@@ -109,7 +118,12 @@ impl ReaderTask {
                 return;
             }
             let wait = back_off.wait();
-            warn!(source = %self.status.name, "{error}; trying again in {:.1} s", wait.as_secs_f64());
+            let seconds = wait.as_secs_f64();
+            if started.elapsed() < STARTING {
+                info!(source = %self.status.name, "not there yet: {error}; trying again in {seconds:.1} s");
+            } else {
+                warn!(source = %self.status.name, "{error}; trying again in {seconds:.1} s");
+            }
             self.status.set_state(NodeState::Retrying(error.to_string()));
             sleep(wait).await;
         }

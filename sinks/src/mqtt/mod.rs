@@ -5,15 +5,16 @@ mod topic;
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use arrow::array::RecordBatch;
 use async_trait::async_trait;
 use bytes::Bytes;
-use pipeline::config::{At, CheckContext, Duration, Secret, SecretUrl};
+use pipeline::config::{At, CheckContext, Secret, SecretUrl};
 use pipeline::error::{Error, Result};
 use pipeline::json::encode_rows;
 use pipeline::network::{Address, tls_client};
-use pipeline::plugin::{BatchLimits, OutboxSink, Sink, SinkConfig, SinkContext, SinkInput, SinkShape};
+use pipeline::plugin::{BatchLimits, BatchOptions, OutboxSink, Sink, SinkConfig, SinkContext, SinkInput, SinkShape};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -90,29 +91,14 @@ pub struct MqttConfig {
     /// File of certificates (PEM) to trust instead of those of the operating system, for `mqtts://`.
     #[serde(default)]
     pub ca: Option<At<PathBuf>>,
-    /// How many rows are published before their confirmations are awaited, and how long a row waits for others.
-    /// Default `{rows: 1000, every: 0s}`: at once, and many together when many wait.
+    /// When waiting rows become a delivery: how many are published before their confirmations are awaited. Default
+    /// `{rows: 1000, every: 0s}`: as many as are under way at a time, and at once, as each row is a message of its own.
     #[serde(default)]
-    pub batch: Batch,
+    pub batch: BatchOptions,
 }
 
-/// When waiting rows are delivered.
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Batch {
-    /// Most rows of one delivery. Default 1000: as many as are under way at a time.
-    #[serde(default = "default_rows")]
-    pub rows: At<usize>,
-    /// Most time a row waits for others. Default 0s: each row is a message of its own, so waiting saves nothing.
-    #[serde(default)]
-    pub every: Duration,
-}
-
-impl Default for Batch {
-    fn default() -> Self {
-        Self { rows: default_rows(), every: Duration::default() }
-    }
-}
+/// Of the option `batch`.
+const BATCH_DEFAULT: BatchLimits = BatchLimits { rows: 1000, every: Duration::ZERO };
 
 fn default_qos() -> At<u8> {
     At::nowhere(1)
@@ -120,10 +106,6 @@ fn default_qos() -> At<u8> {
 
 fn default_version() -> At<u8> {
     At::nowhere(5)
-}
-
-fn default_rows() -> At<usize> {
-    At::nowhere(1000)
 }
 
 impl SinkConfig for MqttConfig {
@@ -150,9 +132,7 @@ impl SinkConfig for MqttConfig {
         if self.qos.value > 2 {
             cx.error(self.qos.position, format!("`qos` is 0, 1 or 2, not {}", self.qos.value));
         }
-        if self.batch.rows.value == 0 {
-            cx.error(self.batch.rows.position, "`rows` is at least 1");
-        }
+        self.batch.check(cx);
         if let Some(id) = &self.client_id
             && (id.is_empty() || id.len() > usize::from(u16::MAX) || id.contains('\0'))
         {
@@ -166,8 +146,7 @@ impl SinkConfig for MqttConfig {
     }
 
     fn build(&self, cx: SinkContext) -> Result<Sink> {
-        let limits = BatchLimits { rows: self.batch.rows.value, every: *self.batch.every };
-        Ok(Sink::Outbox(Box::new(MqttSink::new(self, &cx)?), limits))
+        Ok(Sink::Outbox(Box::new(MqttSink::new(self, &cx)?), self.batch.limits(BATCH_DEFAULT)))
     }
 }
 

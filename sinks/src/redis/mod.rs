@@ -3,7 +3,9 @@
 use async_trait::async_trait;
 use pipeline::config::{At, CheckContext, Duration, SecretUrl};
 use pipeline::error::{Error, Result};
-use pipeline::plugin::sink::{BatchLimits, OutboxSink, Sink, SinkConfig, SinkContext, SinkInput, SinkShape};
+use pipeline::plugin::sink::{
+    BatchLimits, BatchOptions, OutboxSink, Sink, SinkConfig, SinkContext, SinkInput, SinkShape,
+};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
@@ -41,7 +43,7 @@ skipped, after a crash too. For that, rows wait for the checkpoint that has them
 
 ## Limits
 
-At most 10000 rows per delivery. One server; no Cluster, no Sentinel. Redis itself loses the last writes in a crash unless it
+One server; no Cluster, no Sentinel. Redis itself loses the last writes in a crash unless it
 runs with `appendonly yes`.
 
 ## Fails when
@@ -51,8 +53,8 @@ another type (`WRONGTYPE`, `not an integer`) fails the delivery for good; the ot
 the rows are counted as failed.
 ";
 
-/// Most rows of a delivery: one transaction holds the server up for as long as it takes.
-const ROWS_MAX: usize = 10_000;
+/// Of the option `batch`.
+const BATCH_DEFAULT: BatchLimits = BatchLimits { rows: 100, every: std::time::Duration::from_millis(100) };
 
 /// Writes rows to a Redis server.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
@@ -65,39 +67,14 @@ pub struct RedisConfig {
     pub ca: Option<At<String>>,
     /// What to write: one operation such as `{push: pending}`, or a list of them, done in this order.
     pub write: Writes,
-    /// When rows become a delivery.
+    /// When waiting rows become a delivery. Default `{rows: 100, every: 100ms}`: one round trip, a transaction too short to
+    /// hold others up, and a wait that nobody notices.
     #[serde(default)]
-    pub batch: BatchConfig,
+    pub batch: BatchOptions,
     /// Whether to remember deliveries in the server, so that a repeated one is skipped. Default false: it costs a key, which
     /// must be deleted together with the state folder.
     #[serde(default)]
     pub exactly_once: bool,
-}
-
-/// When rows become a delivery.
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct BatchConfig {
-    /// Most rows of one delivery. Default 100: one round trip, and a transaction too short to hold others up.
-    #[serde(default = "rows_default")]
-    pub rows: At<usize>,
-    /// Most time a row waits for others. Default 100ms: nobody notices it.
-    #[serde(default = "every_default")]
-    pub every: Duration,
-}
-
-fn rows_default() -> At<usize> {
-    At::nowhere(100)
-}
-
-fn every_default() -> Duration {
-    Duration::from_ms(100)
-}
-
-impl Default for BatchConfig {
-    fn default() -> Self {
-        Self { rows: rows_default(), every: every_default() }
-    }
 }
 
 /// One operation: exactly one of `set`, `increment`, `push`, `add`, `publish`, with its options.
@@ -214,9 +191,7 @@ batch: {rows: 50, every: 2s}
             let hint = Some("such as `write: {push: LIST}`".to_owned());
             cx.error_hint(cx.position(), "`write` is empty", hint);
         }
-        if !(1..=ROWS_MAX).contains(&self.batch.rows.value) {
-            cx.error(self.batch.rows.position, format!("`rows` is 1 to {ROWS_MAX}"));
-        }
+        self.batch.check(cx);
         for write in &self.write.0 {
             for input in inputs {
                 if let Err(problems) = Operation::plan(write, input) {
@@ -250,7 +225,7 @@ batch: {rows: 50, every: 2s}
             connection: None,
             inputs: cx.inputs.iter().map(plan).collect::<Result<_>>()?,
         };
-        Ok(Sink::Outbox(Box::new(sink), BatchLimits { rows: self.batch.rows.value, every: self.batch.every.0 }))
+        Ok(Sink::Outbox(Box::new(sink), self.batch.limits(BATCH_DEFAULT)))
     }
 }
 
@@ -411,7 +386,7 @@ mod tests {
             ("url: redis://h\nwrite: {increment: a, value: ts}", "2:30", "`value` does not go with `increment`"),
             ("url: redis://h\nwrite: {push: a, expire: 1s}", "2:26", "`expire` does not go with `push`"),
             ("url: redis://h\nwrite: {push: a, keep: 0}", "2:24", "`keep` is at least 1"),
-            ("url: redis://h\nwrite: {push: a}\nbatch: {rows: 0}", "3:15", "`rows` is 1 to 10000"),
+            ("url: redis://h\nwrite: {push: a}\nbatch: {rows: 0}", "3:15", "`rows` is 1 to 8192"),
         ] {
             let problems = checked(yaml).expect_err(yaml);
             assert!(problems.contains(&format!("f:{place}: ")) && problems.contains(message), "{yaml}\n{problems}");

@@ -5,15 +5,14 @@ mod connection;
 mod statement;
 
 use std::path::PathBuf;
-use std::time::Duration as StdDuration;
+use std::time::Duration;
 
 use arrow::array::RecordBatch;
 use async_trait::async_trait;
 use indexmap::IndexMap;
-use pipeline::batch::BATCH_ROWS_MAX;
-use pipeline::config::{At, CheckContext, Duration, SecretUrl, did_you_mean};
+use pipeline::config::{At, CheckContext, SecretUrl, did_you_mean};
 use pipeline::error::{Error, Result};
-use pipeline::plugin::{BatchLimits, OutboxSink, Sink, SinkConfig, SinkContext, SinkInput, SinkShape};
+use pipeline::plugin::{BatchLimits, BatchOptions, OutboxSink, Sink, SinkConfig, SinkContext, SinkInput, SinkShape};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -51,7 +50,7 @@ The server is away, a table or column is missing, a right is missing: the sink s
 ";
 
 /// Most time of one delivery: far beyond any healthy transaction, so that a dead connection is noticed.
-const DELIVERY_TIMEOUT: StdDuration = StdDuration::from_secs(60);
+const DELIVERY_TIMEOUT: Duration = Duration::from_secs(60);
 /// Most bytes of one statement, roughly: well below MySQL's default `max_allowed_packet` of 16 MiB.
 const STATEMENT_BYTES_MAX: usize = 4 << 20;
 
@@ -79,9 +78,10 @@ pub struct SqlConfig {
     /// Table that remembers the deliveries, created if missing. Default `tailwater_deliveries`.
     #[serde(default = "deliveries_default")]
     pub deliveries: String,
-    /// When waiting rows become a delivery.
+    /// When waiting rows become a delivery. Default `{rows: 500, every: 1s}`: a transaction costs a disk write, whatever it
+    /// holds; and a second is fresh enough for a table that people query.
     #[serde(default)]
-    pub batch: Batch,
+    pub batch: BatchOptions,
 }
 
 fn exactly_once_default() -> bool {
@@ -92,21 +92,8 @@ fn deliveries_default() -> String {
     "tailwater_deliveries".into()
 }
 
-/// When waiting rows become a delivery.
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Batch {
-    /// Most rows of one delivery. Default 500: a transaction costs a disk write, whatever it holds.
-    pub rows: At<usize>,
-    /// Most time a row waits for others. Default `1s`: fresh enough for a table that people query.
-    pub every: Duration,
-}
-
-impl Default for Batch {
-    fn default() -> Self {
-        Self { rows: At::nowhere(500), every: Duration::from_secs(1) }
-    }
-}
+/// Of the option `batch`.
+const BATCH_DEFAULT: BatchLimits = BatchLimits { rows: 500, every: Duration::from_secs(1) };
 
 impl SinkConfig for SqlConfig {
     const TYPE: &'static str = "sql";
@@ -130,9 +117,7 @@ batch: {rows: 50, every: 2s}
         if self.deliveries.trim().is_empty() {
             cx.error(cx.position(), "`deliveries` is empty");
         }
-        if !(1..=BATCH_ROWS_MAX).contains(&self.batch.rows.value) {
-            cx.error(self.batch.rows.position, format!("`rows` is 1 to {BATCH_ROWS_MAX}"));
-        }
+        self.batch.check(cx);
         let mut tables = Vec::new();
         for input in inputs {
             tables.extend(self.check_input(input, cx));
@@ -158,7 +143,7 @@ batch: {rows: 50, every: 2s}
             deliveries: self.exactly_once.then(|| self.deliveries.clone()),
             open: None,
         };
-        Ok(Sink::Outbox(Box::new(sink), BatchLimits { rows: self.batch.rows.value, every: self.batch.every.0 }))
+        Ok(Sink::Outbox(Box::new(sink), self.batch.limits(BATCH_DEFAULT)))
     }
 }
 

@@ -54,7 +54,8 @@ files are not matched.
 ## Delivery
 Read again from the position in the checkpoint (the file, and the place after the last row), so nothing is lost and nothing
 comes twice; what is appended to the last file meanwhile is read after a restart. At the end of the last file the source
-ends, and a graph of such sources only runs to its end.
+ends, and a graph of such sources only runs to its end. Run again it starts anew: its rows are added to the history a second
+time, and a warning at the start says so.
 
 ## Limits
 Lines and CSV records of at most 1 MiB; a longer one is a row error. Text is UTF-8. Compressed files are not read, but for

@@ -183,7 +183,6 @@ impl SourceConfig for MqttConfig {
     const EXAMPLE: &'static str = EXAMPLE;
 
     fn check(&self, cx: &mut CheckContext<'_>) -> Option<SourceShape> {
-        let errors_before = cx.errors();
         if let Err(message) = Broker::of(&self.url) {
             let hint = "write `mqtt://HOST`, `mqtts://HOST` (TLS) or `embedded`";
             cx.error_hint(self.url.position, message, Some(hint.into()));
@@ -192,6 +191,7 @@ impl SourceConfig for MqttConfig {
         self.check_limits(cx);
         let topics = self.check_topics(cx);
         let columns = Columns::of(self, &topics);
+        let errors_before = cx.errors();
         columns.check(self, cx);
         if cx.errors() > errors_before {
             return None;

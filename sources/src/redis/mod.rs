@@ -166,10 +166,10 @@ fields: {total_messages: int}
 ";
 
     fn check(&self, cx: &mut CheckContext<'_>) -> Option<SourceShape> {
-        let errors_before = cx.errors();
         Endpoint::check(&self.url, self.ca.as_ref(), cx);
         let mode = self.check_mode(cx)?;
         self.check_options(mode, cx);
+        let errors_before = cx.errors();
         let (schema, delivery, schedule) = match mode {
             Mode::Poll => {
                 let columns = self.read.as_ref().map(|reads| poll::check(reads, &self.fields, cx));
@@ -511,7 +511,7 @@ mod tests {
             let fields = shape.schema.fields().iter();
             fields.map(|f| format!("{}: {}", f.name(), pipeline::schema::type_word(f))).collect::<Vec<_>>().join(", ")
         });
-        columns.ok_or_else(|| problems.render("f"))
+        columns.filter(|_| !problems.has_errors()).ok_or_else(|| problems.render("f"))
     }
 
     #[test]

@@ -121,10 +121,12 @@ fields:
 ";
 
     fn check(&self, cx: &mut CheckContext<'_>) -> Option<SourceShape> {
-        let plan = plan::plan(self, &mut |position, message, hint| cx.error_hint(position, message, hint))?;
-        let is_cursor = matches!(plan.mode, Mode::Cursor { .. });
+        let plan = plan::plan(self, &mut |position, message, hint| cx.error_hint(position, message, hint));
+        // Without a plan, for a wrong URL say, `fields` still tell the columns.
+        let schema = plan.map(|plan| plan.schema()).or_else(|| plan::declared(self))?;
+        let is_cursor = self.cursor.is_some();
         Some(SourceShape {
-            schema: plan.schema(),
+            schema,
             delivery: if is_cursor { Delivery::Replayable } else { Delivery::Sampled },
             schedule: Schedule::Every(self.every.0),
             bounded: false,

@@ -139,6 +139,12 @@ pub(super) fn plan(config: &SqlConfig, report: Report<'_>) -> Option<Plan> {
     ok.then_some(Plan { server, mode })
 }
 
+/// The columns of `query` or `table` as `fields` say them, whatever else is wrong.
+pub(super) fn declared(config: &SqlConfig) -> Option<SchemaRef> {
+    let is_flat = config.queries.is_none() && !config.fields.is_empty();
+    is_flat.then(|| columns(config, &mut |_, _, _| {})).flatten().map(|fields| fields.schema())
+}
+
 fn durations(config: &SqlConfig, report: Report<'_>) -> bool {
     let mut ok = true;
     for (name, duration) in [("every", &config.every), ("timeout", &config.timeout)] {
