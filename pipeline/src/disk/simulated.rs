@@ -161,8 +161,9 @@ impl SimulatedDisk {
         lock(&self.state).fail_after = Some(operations);
     }
 
-    /// Lets `syncs` more succeed and fails the one after them, once. Any part of what it was to make durable is gone for
-    /// ever, although reads still show it and the next sync succeeds.
+    /// Lets `syncs` more succeed and fails the one after them, once. Any part of the bytes that it was to make durable is
+    /// gone for ever, although reads still show them and the next sync succeeds. Names are not forgotten like that: file
+    /// systems keep them in a journal.
     pub fn fail_sync_after(&self, syncs: u64) {
         lock(&self.state).fail_sync_after = Some(syncs);
     }
@@ -171,6 +172,20 @@ impl SimulatedDisk {
     /// With no byte left no file can be made either. Cutting and removing give bytes back.
     pub fn set_room(&self, bytes: Option<u64>) {
         lock(&self.state).room = bytes;
+    }
+
+    /// Takes back every failure asked for; any number of bytes fits.
+    pub fn calm(&self) {
+        let mut state = lock(&self.state);
+        state.power_off_after = None;
+        state.fail_after = None;
+        state.fail_sync_after = None;
+        state.room = None;
+    }
+
+    /// Whether the power is off, or another disk went on from this one.
+    pub fn is_off(&self) -> bool {
+        lock(&self.state).dead
     }
 
     /// The disk as it is found when the power comes back. Files still open on this one only give errors.
@@ -308,12 +323,12 @@ impl State {
         self.give_room(before.saturating_sub(length));
     }
 
-    fn sync_names(&mut self, folder: &Path, fate: Fate) {
+    fn sync_names(&mut self, folder: &Path) {
         for change in std::mem::take(&mut self.unsynced) {
-            if !change.is_in(folder) {
-                self.unsynced.push(change);
-            } else if fate == Fate::Succeeds || self.random.below(2) == 0 {
+            if change.is_in(folder) {
                 change.apply(&mut self.durable);
+            } else {
+                self.unsynced.push(change);
             }
         }
     }
@@ -477,6 +492,16 @@ impl DiskFile for SimulatedFile {
         }
         fate.result()
     }
+
+    fn overwrite(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        let fate = state.begin()?;
+        let offset = usize::try_from(offset).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
+        if fate != Fate::Fails {
+            state.content(self.id).change(Change::Written { offset, bytes: bytes.to_vec() });
+        }
+        fate.result()
+    }
 }
 
 impl Disk for SimulatedDisk {
@@ -542,6 +567,9 @@ impl Disk for SimulatedDisk {
     fn create_folder(&self, folder: &Path) -> io::Result<()> {
         let mut state = lock(&self.state);
         let fate = state.begin()?;
+        if fate == Fate::Succeeds {
+            state.sync_names(folder.parent().unwrap_or(Path::new("")));
+        }
         let mut missing: Vec<&Path> = folder.ancestors().filter(|above| state.check_folder(above).is_err()).collect();
         while let Some(path) = missing.pop() {
             if state.names.contains_key(path) {
@@ -551,7 +579,7 @@ impl Disk for SimulatedDisk {
                 state.name(Naming::Added { path: path.to_owned(), node: Node::Folder });
             }
             if fate == Fate::Succeeds {
-                state.sync_names(path.parent().unwrap_or(Path::new("")), fate);
+                state.sync_names(path.parent().unwrap_or(Path::new("")));
             }
         }
         fate.result()
@@ -590,8 +618,8 @@ impl Disk for SimulatedDisk {
         let mut state = lock(&self.state);
         let fate = state.begin_sync()?;
         state.check_folder(folder)?;
-        if fate != Fate::PowerGoes {
-            state.sync_names(folder, fate);
+        if fate == Fate::Succeeds {
+            state.sync_names(folder);
         }
         fate.result()
     }

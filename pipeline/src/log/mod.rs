@@ -175,6 +175,8 @@ struct Tail {
     synced: u64,
     /// Whether a part of a group that could not be written is still to be cut off.
     cut_needed: bool,
+    /// Whether a power loss could bring back such a part: it was cut off, but nothing was synced since.
+    unsure: bool,
 }
 
 /// Why a segment could not be made.
@@ -192,10 +194,6 @@ impl Log {
     pub fn open(disk: Arc<dyn Disk>, folder: &Path, options: LogOptions) -> Result<(Self, Opened)> {
         let failed = |error: io::Error| Error::outside(format!("log `{}`", folder.display())).because(error).fatal();
         disk.create_folder(folder).map_err(failed)?;
-        // A process may have been killed between making the folder and syncing it.
-        if let Some(above) = folder.parent() {
-            disk.sync_folder(above).map_err(failed)?;
-        }
         remove_drafts(&*disk, folder).map_err(failed)?;
         let mut report = scan(&disk, folder).map_err(failed)?;
         if let Some(damage) = report.damage.iter().find(|damage| !damage.torn) {
@@ -209,19 +207,11 @@ impl Log {
                 warn!("`{path}`: its last {cut} bytes are a commit that never came back, they are cut off");
             }
             last.bytes = last.sound_bytes;
-            open_tail(&*disk, &last.path, last.header_bytes, last.sound_bytes).map_err(failed)?
+            open_tail(&*disk, last).map_err(failed)?
         } else {
             opened.created = true;
             let tail = make_segment(&*disk, folder, 0, &[]).map_err(|not_made| failed(not_made.into()))?;
-            report.segments.push(Segment {
-                path: segment_path(folder, 0),
-                first_lsn: 0,
-                next_lsn: 0,
-                bytes: tail.length,
-                sound_bytes: tail.length,
-                header_bytes: tail.length,
-                groups: 0,
-            });
+            report.segments.push(Segment::new(segment_path(folder, 0), 0, tail.length));
             tail
         };
         let log = Self {
@@ -298,7 +288,7 @@ impl Log {
         self.check_sound()?;
         self.check_kept(lsn)?;
         self.drop_buffered();
-        if lsn == self.committed_lsn() {
+        if lsn == self.committed_lsn() && !self.tail.unsure {
             return Ok(());
         }
         // Readers first: they must not look for what is about to go.
@@ -359,7 +349,7 @@ impl Log {
         }
         let lsn = self.committed_lsn();
         let path = self.newest_path();
-        let Tail { file, length, synced, cut_needed, .. } = &mut self.tail;
+        let Tail { file, length, synced, cut_needed, unsure, .. } = &mut self.tail;
         if *cut_needed {
             file.set_len(*length).map_err(|error| failed(&path, error))?;
             *cut_needed = false;
@@ -367,6 +357,7 @@ impl Log {
         format::seal(&mut self.buffer, *length, lsn, self.buffered, *synced);
         if let Err(error) = file.write_all(&self.buffer) {
             *cut_needed = file.set_len(*length).is_err();
+            *unsure = true;
             return Err(failed(&path, error));
         }
         if self.options.durability == Durability::Power
@@ -376,6 +367,7 @@ impl Log {
         }
         let tail = &mut self.tail;
         tail.length += self.buffer.len() as u64;
+        tail.unsure = false;
         if self.options.durability == Durability::Power {
             tail.synced = tail.length;
         }
@@ -427,20 +419,23 @@ impl Log {
             self.disk.sync_folder(&self.folder)?;
             self.segments.pop_back();
         }
-        let Kept { first_lsn, .. } = *self.newest();
-        let path = self.newest_path();
-        let place = find_place(&self.disk, &path, first_lsn, lsn)?;
-        let length = if let Some(group) = place.shortened {
+        let Kept { first_lsn, bytes } = *self.newest();
+        let mut segment = Segment::new(self.newest_path(), first_lsn, bytes);
+        let place = find_place(&self.disk, &segment.path, first_lsn, lsn)?;
+        segment.header_bytes = place.header_bytes;
+        segment.sound_bytes = place.offset;
+        if let Some(group) = place.shortened {
             // A shorter group written over the longer one could be torn by a crash: records below `lsn` would be lost.
-            let mut bytes = self.disk.read_range(&path, 0, usize::try_from(place.offset).unwrap_or(usize::MAX))?;
+            let kept = usize::try_from(place.offset).unwrap_or(usize::MAX);
+            let mut bytes = self.disk.read_range(&segment.path, 0, kept)?;
             bytes.extend_from_slice(&group);
-            write_file(&*self.disk, &self.folder, &path, &bytes)?;
-            bytes.len() as u64
-        } else {
-            place.offset
-        };
-        self.tail = open_tail(&*self.disk, &path, place.header_bytes, length)?;
-        self.newest_mut().bytes = length;
+            write_file(&*self.disk, &self.folder, &segment.path, &bytes)?;
+            segment.sound_bytes = bytes.len() as u64;
+        }
+        // In this process no sync failed: nothing has to be written again.
+        segment.durable_bytes = segment.sound_bytes;
+        self.tail = open_tail(&*self.disk, &segment)?;
+        self.newest_mut().bytes = segment.sound_bytes;
         Ok(())
     }
 
@@ -566,17 +561,22 @@ fn remove_drafts(disk: &dyn Disk, folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Opens the newest segment to go on at `length`; what lies behind goes.
-fn open_tail(disk: &dyn Disk, path: &Path, header_bytes: u64, length: u64) -> io::Result<Tail> {
+/// Opens the newest segment to go on after what is sound of it, and makes that durable.
+fn open_tail(disk: &dyn Disk, segment: &Segment) -> io::Result<Tail> {
+    let Segment { path, header_bytes, sound_bytes: length, durable_bytes, .. } = segment;
     let (mut file, found) = disk.append(path)?;
-    if found != length {
-        file.set_len(length)?;
+    if found != *length {
+        // Durable before there are new groups: behind those the old bytes would be damage.
+        file.set_len(*length)?;
     }
-    // The cut must not be undone once there are new groups; and what a killed process wrote, or named, without
-    // syncing it is about to be believed in.
+    // What an earlier process wrote is about to be believed in. It may have been killed before the sync; or the sync
+    // failed, and only the memory of the operating system has the bytes: writing them again makes the sync mean them.
+    let unsure =
+        disk.read_range(path, *durable_bytes, usize::try_from(length - durable_bytes).unwrap_or(usize::MAX))?;
+    file.overwrite(*durable_bytes, &unsure)?;
     file.sync_all()?;
     disk.sync_folder(path.parent().unwrap_or(Path::new("")))?;
-    Ok(Tail { file, header_bytes, length, synced: length, cut_needed: false })
+    Ok(Tail { file, header_bytes: *header_bytes, length: *length, synced: *length, cut_needed: false, unsure: false })
 }
 
 /// A new segment without groups, durable.
@@ -584,7 +584,7 @@ fn make_segment(disk: &dyn Disk, folder: &Path, first_lsn: u64, head: &[u8]) -> 
     let header = format::segment_header(first_lsn, head);
     let file = write_file(disk, folder, &segment_path(folder, first_lsn), &header)?;
     let length = header.len() as u64;
-    Ok(Tail { file, header_bytes: length, length, synced: length, cut_needed: false })
+    Ok(Tail { file, header_bytes: length, length, synced: length, cut_needed: false, unsure: false })
 }
 
 /// A file that is there as a whole or not at all, whatever happens.
