@@ -58,6 +58,7 @@ struct State {
     operations: u64,
     power_off_after: Option<u64>,
     fail_after: Option<u64>,
+    fail_times: u64,
     fail_sync_after: Option<u64>,
     /// Bytes that still fit.
     room: Option<u64>,
@@ -131,6 +132,7 @@ impl SimulatedDisk {
             operations: 0,
             power_off_after: None,
             fail_after: None,
+            fail_times: 0,
             fail_sync_after: None,
             room: None,
             next_file: 0,
@@ -155,15 +157,16 @@ impl SimulatedDisk {
         lock(&self.state).power_off_after = Some(operations);
     }
 
-    /// Lets `operations` more succeed and fails the one after them, once. A write that fails is perhaps half done; for a
-    /// sync see [`SimulatedDisk::fail_sync_after`].
-    pub fn fail_after(&self, operations: u64) {
-        lock(&self.state).fail_after = Some(operations);
+    /// Lets `operations` more succeed and fails the `times` after them. A write that fails is perhaps half done, or wholly; for
+    /// a sync see [`SimulatedDisk::fail_sync_after`].
+    pub fn fail_after(&self, operations: u64, times: u64) {
+        let mut state = lock(&self.state);
+        (state.fail_after, state.fail_times) = (Some(operations), times);
     }
 
     /// Lets `syncs` more succeed and fails the one after them, once. Any part of the bytes that it was to make durable is
-    /// gone for ever, although reads still show them and the next sync succeeds. Names are not forgotten like that: file
-    /// systems keep them in a journal.
+    /// gone for ever, although reads still show them and the next sync succeeds. Names and lengths are not forgotten like
+    /// that: file systems keep them in a journal.
     pub fn fail_sync_after(&self, syncs: u64) {
         lock(&self.state).fail_sync_after = Some(syncs);
     }
@@ -265,7 +268,14 @@ impl State {
             self.dead = true;
             return Ok(Fate::PowerGoes);
         }
-        Ok(if count_down(&mut self.fail_after) { Fate::Fails } else { Fate::Succeeds })
+        if !count_down(&mut self.fail_after) {
+            return Ok(Fate::Succeeds);
+        }
+        self.fail_times = self.fail_times.saturating_sub(1);
+        if self.fail_times > 0 {
+            self.fail_after = Some(0);
+        }
+        Ok(Fate::Fails)
     }
 
     fn begin_sync(&mut self) -> io::Result<Fate> {
@@ -380,37 +390,44 @@ impl Naming {
 
 impl Content {
     fn change(&mut self, change: Change) {
-        change.apply(&mut self.seen, |_| true);
+        change.apply(&mut self.seen, || true);
         self.unsynced.push(change);
     }
 
     fn sync(&mut self) {
         for change in self.unsynced.drain(..) {
-            change.apply(&mut self.durable, |_| true);
+            change.apply(&mut self.durable, || true);
         }
     }
 
-    /// A failed sync: some sectors reach the disk, the others never will.
+    /// A failed sync: some sectors reach the disk, the others never will. A new length waits for the next sync.
     fn sync_in_part(&mut self, random: &mut Random) {
         let odds = random.below(5);
-        for change in self.unsynced.drain(..) {
-            change.apply(&mut self.durable, |_| random.below(4) < odds);
+        for change in std::mem::take(&mut self.unsynced) {
+            if let Change::Length(_) = change {
+                self.unsynced.push(change);
+            } else {
+                change.apply(&mut self.durable, || random.below(4) < odds);
+            }
         }
     }
 
-    /// A power loss: some sectors had reached the disk, and that is all there is.
+    /// A power loss: some sectors and lengths had reached the disk, and that is all there is.
     fn lose(&mut self, random: &mut Random) {
-        self.sync_in_part(random);
+        let odds = random.below(5);
+        for change in self.unsynced.drain(..) {
+            change.apply(&mut self.durable, || random.below(4) < odds);
+        }
         self.seen.clone_from(&self.durable);
     }
 }
 
 impl Change {
     /// Changes the parts that `keep` says, asked once per sector and once for a length.
-    fn apply(&self, to: &mut Vec<u8>, mut keep: impl FnMut(usize) -> bool) {
+    fn apply(&self, to: &mut Vec<u8>, mut keep: impl FnMut() -> bool) {
         match self {
             Self::Length(length) => {
-                if keep(0) {
+                if keep() {
                     to.resize(*length, 0);
                 }
             }
@@ -419,7 +436,7 @@ impl Change {
                 while done < bytes.len() {
                     let at = offset + done;
                     let next = bytes.len().min((at / SECTOR + 1) * SECTOR - offset);
-                    if keep(at / SECTOR) {
+                    if keep() {
                         if to.len() < offset + next {
                             to.resize(offset + next, 0);
                         }
@@ -445,7 +462,13 @@ impl Write for SimulatedFile {
         let fate = state.begin()?;
         let mut length = bytes.len();
         if fate != Fate::Succeeds {
-            length = usize::try_from(state.random.below(length as u64 + 1)).unwrap_or(length);
+            let done = state.random.below(length as u64 + 1);
+            // All of it and nothing of it are the cases that code forgets.
+            length = match state.random.below(3) {
+                0 => 0,
+                1 => length,
+                _ => usize::try_from(done).unwrap_or(length),
+            };
         }
         if let Some(room) = &mut state.room {
             length = length.min(usize::try_from(*room).unwrap_or(usize::MAX));
@@ -622,5 +645,99 @@ impl Disk for SimulatedDisk {
             state.sync_names(folder);
         }
         fate.result()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    fn write(disk: &SimulatedDisk, name: &str, bytes: &[u8]) -> Box<dyn DiskFile> {
+        let mut file = disk.create(Path::new(name)).expect("created");
+        file.write_all(bytes).expect("written");
+        file
+    }
+
+    /// A file with one synced sector and two more that are not.
+    fn three_sectors(seed: u64) -> SimulatedDisk {
+        let disk = SimulatedDisk::new(seed);
+        let mut file = write(&disk, "a", &[1; SECTOR]);
+        file.sync_data().expect("synced");
+        disk.sync_folder(Path::new("")).expect("synced");
+        file.write_all(&[2; 2 * SECTOR]).expect("written");
+        disk
+    }
+
+    #[test]
+    fn any_subset_of_the_sectors_survives_and_what_was_synced_always() {
+        let mut seen = BTreeSet::new();
+        for seed in 0..200 {
+            let bytes = three_sectors(seed).crash().read(Path::new("a")).expect("read");
+            assert_eq!(bytes[..SECTOR], [1; SECTOR]);
+            seen.insert(bytes.chunks(SECTOR).map(|sector| sector[0]).collect::<Vec<u8>>());
+        }
+        let subsets: [&[u8]; 4] = [&[1], &[1, 0, 2], &[1, 2], &[1, 2, 2]];
+        assert_eq!(seen, subsets.into_iter().map(<[u8]>::to_vec).collect());
+    }
+
+    #[test]
+    fn a_kill_loses_nothing_and_makes_nothing_durable() {
+        let disk = three_sectors(1);
+        let next = disk.kill();
+        assert!(disk.is_off() && disk.read(Path::new("a")).is_err());
+        assert_eq!(next.read(Path::new("a")).expect("read").len(), 3 * SECTOR);
+        let lengths = (0..200).map(|seed| three_sectors(seed).kill().crash().read(Path::new("a")).expect("read").len());
+        assert_eq!(lengths.min(), Some(SECTOR));
+    }
+
+    #[test]
+    fn a_failed_sync_forgets_bytes_that_are_still_read() {
+        let mut lost = false;
+        for seed in 0..50 {
+            let disk = three_sectors(seed);
+            let (mut file, _) = disk.append(Path::new("a")).expect("opened");
+            disk.fail_sync_after(0);
+            assert!(file.sync_data().is_err());
+            file.sync_data().expect("the next one succeeds");
+            assert_eq!(disk.read(Path::new("a")).expect("read").len(), 3 * SECTOR);
+            lost |= disk.crash().read(Path::new("a")).expect("read").len() < 3 * SECTOR;
+        }
+        assert!(lost);
+    }
+
+    #[test]
+    fn a_rename_gives_the_old_file_or_the_new_one() {
+        let mut seen = BTreeSet::new();
+        for seed in 0..100 {
+            let disk = SimulatedDisk::new(seed);
+            for (name, bytes) in [("new", b"new"), ("name", b"old")] {
+                write(&disk, name, bytes).sync_all().expect("synced");
+            }
+            disk.sync_folder(Path::new("")).expect("synced");
+            disk.rename(Path::new("new"), Path::new("name")).expect("renamed");
+            let found = disk.crash();
+            let bytes = found.read(Path::new("name")).expect("never neither");
+            assert_eq!(found.exists(Path::new("new")).expect("looked"), bytes == b"old");
+            seen.insert(bytes);
+        }
+        assert_eq!(seen.len(), 2);
+    }
+
+    #[test]
+    fn the_power_goes_and_stays_off_and_a_full_disk_takes_a_part() {
+        let disk = SimulatedDisk::new(1);
+        let mut file = write(&disk, "a", b"");
+        disk.set_room(Some(3));
+        assert_eq!(file.write(b"hello").expect("a part"), 3);
+        assert_eq!(file.write(b"lo").expect_err("full").kind(), io::ErrorKind::StorageFull);
+        assert_eq!(disk.create(Path::new("b")).expect_err("full").kind(), io::ErrorKind::StorageFull);
+        file.set_len(1).expect("cut");
+        assert_eq!(file.write(b"llo").expect("what the cut gave back"), 2);
+        disk.power_off_after(1);
+        assert!(disk.exists(Path::new("a")).is_ok());
+        assert!(disk.exists(Path::new("a")).is_err() && disk.read(Path::new("a")).is_err() && file.sync_all().is_err());
+        assert!(disk.is_off());
     }
 }

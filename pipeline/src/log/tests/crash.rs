@@ -69,7 +69,7 @@ impl Run {
 
     fn truncate(&mut self) -> bool {
         let (first, end) = (self.log.first_lsn(), self.log.committed_lsn());
-        let lsn = first + self.random.below(end - first + 1);
+        let lsn = if self.random.below(2) == 0 { end } else { first + self.random.below(end - first + 1) };
         let cut = self.log.truncate(lsn);
         let model = &mut self.model;
         if cut.is_ok() {
@@ -87,13 +87,14 @@ impl Run {
     fn trim(&mut self) -> bool {
         let lsn = self.random.below(self.log.next_lsn() + 2);
         self.model.first.1 = self.model.first.1.max(lsn.min(self.log.newest().first_lsn));
+        let before = self.log.first_lsn();
         let trimmed = self.log.trim(lsn);
-        if trimmed.is_ok() {
-            let first = self.log.first_lsn();
-            assert!(first <= lsn || first == self.model.first.0);
-            self.model.first = (first, first);
+        assert!(self.log.first_lsn() <= lsn.max(before));
+        let goes_on = !matches!(trimmed, Err(error) if error.retry == Retry::Never);
+        if goes_on && !self.disk.is_off() {
+            self.model.first = (self.log.first_lsn(), self.log.first_lsn());
         }
-        !matches!(trimmed, Err(error) if error.retry == Retry::Never)
+        goes_on
     }
 
     fn read(&mut self) {
@@ -136,15 +137,17 @@ impl Run {
     }
 }
 
-/// Asks for one of the failures, or none.
-fn plan_failure(disk: &SimulatedDisk, random: &mut Random) {
-    let soon = random.below(40);
-    match random.below(5) {
-        0 => disk.power_off_after(soon),
-        1 => disk.fail_after(soon),
-        2 => disk.fail_sync_after(soon / 4),
-        3 => disk.set_room(Some(soon * 30)),
-        _ => {}
+/// Asks for up to two failures.
+fn plan_failures(disk: &SimulatedDisk, random: &mut Random) {
+    for _ in 0..2 {
+        let soon = random.below(40);
+        match random.below(6) {
+            0 => disk.power_off_after(soon),
+            1 => disk.fail_after(soon, 1 + random.below(3)),
+            2 => disk.fail_sync_after(soon / 4),
+            3 => disk.set_room(Some(soon * 30)),
+            _ => {}
+        }
     }
 }
 
@@ -154,7 +157,7 @@ fn reopen(mut disk: SimulatedDisk, random: &mut Random, options: LogOptions) -> 
     let mut crashed = false;
     for failing in [true, true, false] {
         if failing {
-            plan_failure(&disk, random);
+            plan_failures(&disk, random);
         }
         match Log::open(Arc::new(disk.clone()), Path::new(FOLDER), options) {
             Ok((log, _)) => {
@@ -183,7 +186,7 @@ fn run(seed: u64) {
     for _ in 0..3 {
         let (opened_on, log, crashed) = reopen(disk, &mut random, options);
         model.check(&log, crash || crashed);
-        plan_failure(&opened_on, &mut random);
+        plan_failures(&opened_on, &mut random);
         let mut run = Run { random, disk: opened_on, log, durability, model };
         run.live();
         crash = run.disk.is_off() || run.random.below(2) == 0;
@@ -197,7 +200,7 @@ fn run(seed: u64) {
 
 #[test]
 fn what_was_committed_is_there_whatever_the_disk_does() {
-    for seed in 0..1500 {
+    for seed in 0..5000 {
         // The seed of a failure is the last one printed.
         println!("seed {seed}");
         run(seed);

@@ -200,6 +200,26 @@ fn a_full_disk_loses_nothing_and_room_mends_it() {
 }
 
 #[test]
+fn a_commit_that_failed_leaves_nothing_behind() {
+    for seed in 0..100 {
+        let disk = SimulatedDisk::new(seed);
+        let (mut log, _) = open(&disk, 1000).expect("opened");
+        append(&mut log, 1);
+        // The write, and in every second case the cut that takes it back.
+        disk.fail_after(0, 1 + seed % 2);
+        assert_eq!(log.commit(Vec::new).expect_err("the write failed").retry, Retry::BackOff);
+        if seed < 50 {
+            append(&mut log, 1);
+            assert_eq!(log.commit(Vec::new).expect("committed"), 2);
+            check(&all(&open(&disk.crash(), 1000).expect("opened again").0), 0, &[1, 1]);
+        } else {
+            log.truncate(0).expect("dropped");
+            assert_eq!(all(&open(&disk.crash(), 1000).expect("opened again").0), []);
+        }
+    }
+}
+
+#[test]
 fn a_new_segment_that_does_not_fit_is_made_later() {
     let disk = SimulatedDisk::new(5);
     let (mut log, _) = open(&disk, 40).expect("opened");
