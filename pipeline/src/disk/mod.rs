@@ -88,6 +88,57 @@ pub trait Disk: Send + Sync + Debug {
     }
 }
 
+/// Extension of a file that [`write_whole`] is writing.
+const DRAFT: &str = "draft";
+
+/// Why a file could not be written as a whole.
+#[derive(Debug)]
+pub enum NotWritten {
+    /// Nothing has changed.
+    Unchanged(io::Error),
+    /// The folder could not be synced: the file is there now, but a power loss may take it back.
+    Unknown(io::Error),
+}
+
+impl From<NotWritten> for io::Error {
+    fn from(not_written: NotWritten) -> Self {
+        match not_written {
+            NotWritten::Unchanged(error) | NotWritten::Unknown(error) => error,
+        }
+    }
+}
+
+/// Writes a file that is there as a whole and durable, or not at all, whatever happens: under another name (the extension
+/// `draft`), synced, renamed into place. The file is left open at its end.
+pub fn write_whole(disk: &dyn Disk, path: &Path, bytes: &[u8]) -> Result<Box<dyn DiskFile>, NotWritten> {
+    let draft = path.with_extension(DRAFT);
+    let write = || {
+        let mut file = disk.create(&draft)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        disk.rename(&draft, path)?;
+        Ok(file)
+    };
+    let file = write().map_err(|error| {
+        // On a full disk it would only take room. If it stays: the next start removes it.
+        let _ = disk.remove_if_there(&draft);
+        NotWritten::Unchanged(error)
+    })?;
+    disk.sync_folder(path.parent().unwrap_or(Path::new(""))).map_err(NotWritten::Unknown)?;
+    Ok(file)
+}
+
+/// Removes what a process that was killed had begun to write with [`write_whole`].
+pub fn remove_drafts(disk: &dyn Disk, folder: &Path) -> io::Result<()> {
+    for entry in disk.list(folder)? {
+        let path = folder.join(&entry.name);
+        if !entry.folder && path.extension().is_some_and(|extension| extension == DRAFT) {
+            disk.remove_if_there(&path)?;
+        }
+    }
+    Ok(())
+}
+
 /// The disk of this machine.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RealDisk;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use super::*;
 use crate::disk::Disk;
 use crate::disk::simulated::Random;
+use crate::log::groups::Step;
 
 /// Three segments, the last one with two groups; their files, in order.
 fn three_segments() -> Vec<(PathBuf, Vec<u8>)> {
