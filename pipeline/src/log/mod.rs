@@ -432,7 +432,7 @@ impl Log {
             return Ok(());
         }
         let told = format!(
-            "log `{}` holds the records from {first} to {end}, but {lsn} is where it should go on: \
+            "log `{}` begins at record {first} and ends before {end}, but it should go on at {lsn}: \
              files of it were removed, or it and the checkpoints are of different times",
             self.folder.display()
         );

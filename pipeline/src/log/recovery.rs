@@ -3,7 +3,9 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
+use super::Cursor;
 use super::format::{self, GROUP_HEADER};
 use super::groups::{Groups, Step};
 use crate::disk::Disk;
@@ -29,6 +31,12 @@ impl Report {
     /// What the next record will be, as far as the log can be read.
     pub fn next_lsn(&self) -> u64 {
         self.segments.last().map_or(0, |segment| segment.next_lsn)
+    }
+
+    /// Reads the sound records of the log that was inspected, oldest first; an error at the first damage.
+    pub fn records(&self, disk: &Arc<dyn Disk>, folder: &Path) -> Cursor {
+        let end = Arc::new(AtomicU64::new(self.next_lsn()));
+        Cursor::new(disk.clone(), folder.to_owned(), end, self.first_lsn(), self.first_lsn())
     }
 
     /// Bytes of all segments.

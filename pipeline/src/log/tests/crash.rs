@@ -202,7 +202,7 @@ fn run(seed: u64) {
 fn what_was_committed_is_there_whatever_the_disk_does() {
     for seed in 0..5000 {
         // The seed of a failure is the last one printed.
-        println!("seed {seed}");
+        eprintln!("seed {seed}");
         run(seed);
     }
 }

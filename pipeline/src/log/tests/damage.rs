@@ -8,8 +8,11 @@ use crate::disk::Disk;
 use crate::disk::simulated::Random;
 use crate::log::groups::Step;
 
-/// Three segments, the last one with two groups; their files, in order.
-fn three_segments() -> Vec<(PathBuf, Vec<u8>)> {
+/// Files of a log, in order.
+type Files = Vec<(PathBuf, Vec<u8>)>;
+
+/// Three segments, the last one with two groups.
+fn three_segments() -> Files {
     let disk = SimulatedDisk::new(1);
     let (mut log, _) = open(&disk, 130).expect("opened");
     for commit in 0..6 {
@@ -142,7 +145,7 @@ fn a_missing_or_foreign_file_is_seen() {
     // Trimmed away, as far as the log can know: who relies on the first records is told.
     let (log, _) = open(&install(&files[1..]), 130).expect("opened");
     let error = log.records_from(0).expect_err("not there any more");
-    assert!(error.to_string().contains("holds the records from 4 to 12"), "{error}");
+    assert!(error.to_string().contains("begins at record 4 and ends before 12"), "{error}");
 }
 
 #[test]
@@ -163,7 +166,7 @@ fn a_log_inside_a_torn_message_is_not_taken_for_proof() {
 }
 
 /// The small logs in `corpus/log`, each a folder with the files of one log.
-fn corpus() -> Vec<(String, Vec<(PathBuf, Vec<u8>)>)> {
+fn corpus() -> Vec<(String, Files)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus/log");
     let list = |folder: &Path| {
         let mut paths: Vec<PathBuf> =
@@ -185,7 +188,7 @@ fn mutate(bytes: &mut Vec<u8>, random: &mut Random) {
     let at = random.below(length) as usize;
     let to = at + random.below(length - at as u64 + 1) as usize;
     match random.below(6) {
-        _ if bytes.is_empty() => bytes.push(random.next() as u8),
+        _ if bytes.is_empty() => bytes.push(random.number() as u8),
         0 => bytes[at] ^= 1 << random.below(8),
         1 => bytes[at] = [0, 1, 0x7F, 0x80, 0xFF][random.below(5) as usize],
         2 => bytes.truncate(at),

@@ -127,6 +127,7 @@ fn old_segments_go_and_the_newest_stays() {
     check(&all(&log), first, &vec![5; 30 - first as usize]);
     assert_eq!(log.committed_lsn(), 30);
     let report = inspect(&log.disk, log.folder()).expect("a report");
+    check(&rest(&mut report.records(&log.disk, log.folder())), first, &vec![5; 30 - first as usize]);
     assert_eq!((report.segments.len(), report.bytes(), report.damage), (1, log.bytes(), vec![]));
 }
 
@@ -265,4 +266,30 @@ fn a_group_beyond_the_limit_is_refused_whole() {
     log.buffer.resize(GROUP_BYTES_MAX + 1, 0);
     assert_eq!(log.commit(Vec::new).expect_err("too long").retry, Retry::Never);
     assert_eq!(log.committed_lsn(), 0);
+}
+
+#[test]
+fn a_reader_on_another_thread_sees_what_is_committed_and_nothing_else() {
+    const RECORDS: u64 = 600;
+    let folder = tempfile::tempdir().expect("folder");
+    let options = LogOptions { segment_bytes: 2000, durability: Durability::Process };
+    let (mut log, _) = Log::open(Arc::new(RealDisk), folder.path(), options).expect("opened");
+    let mut cursor = log.records_from(0).expect("a cursor");
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            while log.next_lsn() < RECORDS {
+                append(&mut log, 1);
+                if log.next_lsn() % 3 == 0 {
+                    log.commit(Vec::new).expect("committed");
+                }
+            }
+        });
+        while cursor.lsn() < RECORDS {
+            let lsn = cursor.lsn();
+            match cursor.read().expect("no damage") {
+                Some(record) => check(&[record], lsn, &[1]),
+                None => std::thread::yield_now(),
+            }
+        }
+    });
 }

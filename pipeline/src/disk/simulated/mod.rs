@@ -9,15 +9,14 @@
 //!
 //! That is more than real file systems lose (they keep some order), so what survives here survives there.
 
-use std::collections::BTreeMap;
+mod state;
+
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use self::state::{Change, Content, Fate, Naming, Node, State, is_root};
 use super::{Disk, DiskFile, Entry};
-
-/// What a disk writes as a whole or not at all, in bytes.
-const SECTOR: usize = 512;
 
 /// Numbers from a seed, the same on every machine (SplitMix64).
 #[derive(Clone, Debug)]
@@ -30,7 +29,7 @@ impl Random {
     }
 
     /// The next number.
-    pub fn next(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut mixed = self.0;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -40,7 +39,7 @@ impl Random {
 
     /// A number below `bound`; zero if `bound` is.
     pub fn below(&mut self, bound: u64) -> u64 {
-        self.next().checked_rem(bound).unwrap_or(0)
+        self.number().checked_rem(bound).unwrap_or(0)
     }
 }
 
@@ -50,97 +49,10 @@ pub struct SimulatedDisk {
     state: Arc<Mutex<State>>,
 }
 
-#[derive(Clone, Debug)]
-struct State {
-    random: Random,
-    /// The power is off: every operation fails.
-    dead: bool,
-    operations: u64,
-    power_off_after: Option<u64>,
-    fail_after: Option<u64>,
-    fail_times: u64,
-    fail_sync_after: Option<u64>,
-    /// Bytes that still fit.
-    room: Option<u64>,
-    next_file: u64,
-    files: BTreeMap<u64, Content>,
-    /// The names as a running process sees them.
-    names: BTreeMap<PathBuf, Node>,
-    /// The names that survive a power loss for sure.
-    durable: BTreeMap<PathBuf, Node>,
-    /// What lies between the two, in order.
-    unsynced: Vec<Naming>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Node {
-    Folder,
-    File(u64),
-}
-
-#[derive(Clone, Debug)]
-enum Naming {
-    Added { path: PathBuf, node: Node },
-    Renamed { from: PathBuf, to: PathBuf, node: Node },
-    Removed { path: PathBuf, node: Node },
-}
-
-/// One file: as a running process sees it, as it surely survives, and the changes between, in order.
-#[derive(Clone, Debug, Default)]
-struct Content {
-    seen: Vec<u8>,
-    durable: Vec<u8>,
-    unsynced: Vec<Change>,
-}
-
-#[derive(Clone, Debug)]
-enum Change {
-    Written { offset: usize, bytes: Vec<u8> },
-    Length(usize),
-}
-
-/// What becomes of an operation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
-    Succeeds,
-    /// It fails, and was perhaps half done.
-    Fails,
-    /// The power goes in the middle of it.
-    PowerGoes,
-}
-
-impl Fate {
-    fn result(self) -> io::Result<()> {
-        match self {
-            Self::Succeeds => Ok(()),
-            Self::Fails => Err(io::Error::other("simulated input/output error")),
-            Self::PowerGoes => Err(power_is_off()),
-        }
-    }
-}
-
-fn power_is_off() -> io::Error {
-    io::Error::new(io::ErrorKind::BrokenPipe, "the simulated power is off")
-}
-
 impl SimulatedDisk {
     /// An empty disk whose losses come from `seed`.
     pub fn new(seed: u64) -> Self {
-        Self::of(State {
-            random: Random::new(seed),
-            dead: false,
-            operations: 0,
-            power_off_after: None,
-            fail_after: None,
-            fail_times: 0,
-            fail_sync_after: None,
-            room: None,
-            next_file: 0,
-            files: BTreeMap::new(),
-            names: BTreeMap::new(),
-            durable: BTreeMap::new(),
-            unsynced: Vec::new(),
-        })
+        Self::of(State::new(Random::new(seed)))
     }
 
     fn of(state: State) -> Self {
@@ -195,22 +107,7 @@ impl SimulatedDisk {
     #[must_use]
     pub fn crash(&self) -> Self {
         let mut found = self.take_over();
-        let State { random, files, durable, unsynced, names, .. } = &mut found;
-        for content in files.values_mut() {
-            content.lose(random);
-        }
-        let odds = random.below(5);
-        for change in unsynced.drain(..) {
-            if random.below(4) < odds {
-                change.apply(durable);
-            }
-        }
-        let folders: Vec<PathBuf> =
-            durable.iter().filter(|(_, node)| **node == Node::Folder).map(|(path, _)| path.clone()).collect();
-        durable.retain(|path, _| {
-            path.ancestors().skip(1).all(|above| is_root(above) || folders.iter().any(|f| f == above))
-        });
-        names.clone_from(durable);
+        found.lose();
         Self::of(found)
     }
 
@@ -244,209 +141,13 @@ impl SimulatedDisk {
         next.power_off_after = None;
         next.fail_after = None;
         next.fail_sync_after = None;
-        next.random = Random::new(state.random.next());
+        next.random = Random::new(state.random.number());
         next
     }
 }
 
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn is_root(path: &Path) -> bool {
-    path.parent().is_none()
-}
-
-impl State {
-    /// Counts an operation and says what becomes of it.
-    fn begin(&mut self) -> io::Result<Fate> {
-        if self.dead {
-            return Err(power_is_off());
-        }
-        self.operations += 1;
-        if count_down(&mut self.power_off_after) {
-            self.dead = true;
-            return Ok(Fate::PowerGoes);
-        }
-        if !count_down(&mut self.fail_after) {
-            return Ok(Fate::Succeeds);
-        }
-        self.fail_times = self.fail_times.saturating_sub(1);
-        if self.fail_times > 0 {
-            self.fail_after = Some(0);
-        }
-        Ok(Fate::Fails)
-    }
-
-    fn begin_sync(&mut self) -> io::Result<Fate> {
-        let fate = self.begin()?;
-        let fails = fate != Fate::PowerGoes && count_down(&mut self.fail_sync_after);
-        Ok(if fails { Fate::Fails } else { fate })
-    }
-
-    fn file(&self, path: &Path) -> io::Result<u64> {
-        match self.names.get(path) {
-            Some(Node::File(id)) => Ok(*id),
-            Some(Node::Folder) => Err(io::ErrorKind::IsADirectory.into()),
-            None => Err(io::ErrorKind::NotFound.into()),
-        }
-    }
-
-    fn content(&mut self, id: u64) -> &mut Content {
-        self.files.entry(id).or_default()
-    }
-
-    fn seen(&self, path: &Path) -> io::Result<&[u8]> {
-        Ok(self.files.get(&self.file(path)?).map_or(&[], |content| content.seen.as_slice()))
-    }
-
-    fn check_folder(&self, path: &Path) -> io::Result<()> {
-        match self.names.get(path) {
-            _ if is_root(path) => Ok(()),
-            Some(Node::Folder) => Ok(()),
-            Some(Node::File(_)) => Err(io::ErrorKind::NotADirectory.into()),
-            None => Err(io::ErrorKind::NotFound.into()),
-        }
-    }
-
-    fn add_file(&mut self) -> Node {
-        self.next_file += 1;
-        self.files.insert(self.next_file, Content::default());
-        Node::File(self.next_file)
-    }
-
-    fn name(&mut self, change: Naming) {
-        change.apply(&mut self.names);
-        self.unsynced.push(change);
-    }
-
-    fn give_room(&mut self, bytes: usize) {
-        if let Some(room) = &mut self.room {
-            *room += bytes as u64;
-        }
-    }
-
-    fn set_len(&mut self, id: u64, length: usize) {
-        let content = self.content(id);
-        let before = content.seen.len();
-        content.change(Change::Length(length));
-        self.give_room(before.saturating_sub(length));
-    }
-
-    fn sync_names(&mut self, folder: &Path) {
-        for change in std::mem::take(&mut self.unsynced) {
-            if change.is_in(folder) {
-                change.apply(&mut self.durable);
-            } else {
-                self.unsynced.push(change);
-            }
-        }
-    }
-}
-
-/// Whether this was the one to fail.
-fn count_down(left: &mut Option<u64>) -> bool {
-    match left {
-        Some(0) => {
-            *left = None;
-            true
-        }
-        Some(more) => {
-            *more -= 1;
-            false
-        }
-        None => false,
-    }
-}
-
-impl Naming {
-    fn apply(&self, names: &mut BTreeMap<PathBuf, Node>) {
-        match self {
-            Self::Added { path, node } => {
-                names.insert(path.clone(), *node);
-            }
-            Self::Renamed { from, to, node } => {
-                if names.get(from) == Some(node) {
-                    names.remove(from);
-                }
-                names.insert(to.clone(), *node);
-            }
-            Self::Removed { path, node } => {
-                if names.get(path) == Some(node) {
-                    names.remove(path);
-                }
-            }
-        }
-    }
-
-    fn is_in(&self, folder: &Path) -> bool {
-        let within = |path: &Path| path.parent() == Some(folder);
-        match self {
-            Self::Added { path, .. } | Self::Removed { path, .. } => within(path),
-            Self::Renamed { from, to, .. } => within(from) || within(to),
-        }
-    }
-}
-
-impl Content {
-    fn change(&mut self, change: Change) {
-        change.apply(&mut self.seen, || true);
-        self.unsynced.push(change);
-    }
-
-    fn sync(&mut self) {
-        for change in self.unsynced.drain(..) {
-            change.apply(&mut self.durable, || true);
-        }
-    }
-
-    /// A failed sync: some sectors reach the disk, the others never will. A new length waits for the next sync.
-    fn sync_in_part(&mut self, random: &mut Random) {
-        let odds = random.below(5);
-        for change in std::mem::take(&mut self.unsynced) {
-            if let Change::Length(_) = change {
-                self.unsynced.push(change);
-            } else {
-                change.apply(&mut self.durable, || random.below(4) < odds);
-            }
-        }
-    }
-
-    /// A power loss: some sectors and lengths had reached the disk, and that is all there is.
-    fn lose(&mut self, random: &mut Random) {
-        let odds = random.below(5);
-        for change in self.unsynced.drain(..) {
-            change.apply(&mut self.durable, || random.below(4) < odds);
-        }
-        self.seen.clone_from(&self.durable);
-    }
-}
-
-impl Change {
-    /// Changes the parts that `keep` says, asked once per sector and once for a length.
-    fn apply(&self, to: &mut Vec<u8>, mut keep: impl FnMut() -> bool) {
-        match self {
-            Self::Length(length) => {
-                if keep() {
-                    to.resize(*length, 0);
-                }
-            }
-            Self::Written { offset, bytes } => {
-                let mut done = 0;
-                while done < bytes.len() {
-                    let at = offset + done;
-                    let next = bytes.len().min((at / SECTOR + 1) * SECTOR - offset);
-                    if keep() {
-                        if to.len() < offset + next {
-                            to.resize(offset + next, 0);
-                        }
-                        to[at..offset + next].copy_from_slice(&bytes[done..next]);
-                    }
-                    done = next;
-                }
-            }
-        }
-    }
 }
 
 /// A file open on the simulated disk.
@@ -652,6 +353,7 @@ impl Disk for SimulatedDisk {
 mod tests {
     use std::collections::BTreeSet;
 
+    use super::state::SECTOR;
     use super::*;
 
     fn write(disk: &SimulatedDisk, name: &str, bytes: &[u8]) -> Box<dyn DiskFile> {
