@@ -203,8 +203,9 @@ fn mutate(bytes: &mut Vec<u8>, random: &mut Random) {
 
 #[test]
 fn no_damaged_file_is_read_wrongly() {
+    // All of them were made from this one; a change may also mend one.
+    let whole = all(&open(&install(&three_segments()), 130).expect("opened").0);
     for (name, files) in corpus() {
-        let whole: Vec<Record> = open(&install(&files), 130).map(|(log, _)| all(&log)).unwrap_or_default();
         for seed in 0..300 {
             let mut random = Random::new(seed);
             let mut files = files.clone();
@@ -214,7 +215,7 @@ fn no_damaged_file_is_read_wrongly() {
             }
             if let Ok((log, _)) = open(&install(&files), 130) {
                 let records = all(&log);
-                assert_eq!(records[..], whole[..records.len()], "{name}, seed {seed}");
+                assert_eq!(Some(&records[..]), whole.get(..records.len()), "{name}, seed {seed}");
             }
         }
     }
