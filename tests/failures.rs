@@ -306,9 +306,9 @@ async fn fill_and_free(program: Program, disk: &Disk, nodes: &[&str], words: &st
     program.post("/rows", &numbers(1..=100));
     wait_for("the first rows to be published", || (published(program.scratch.path()).len() == 100).then_some(()));
     disk.fill(process);
-    for hundred in 1..=5 {
-        program.post("/rows", &numbers(hundred * 100 + 1..=(hundred + 1) * 100));
-    }
+    // Whatever the disk, rows are live at once; their sender is answered when they are on it.
+    let (port, body) = (program.port, numbers(101..=600).concat());
+    let posting = tokio::task::spawn_blocking(move || request(port, "POST", "/rows", &body));
     // Live goes on; queries see what waits; what is published stays whole.
     read_until(&mut client, &mut next, 600).await;
     let reasons = wait_for("the reason", || Some(program.reasons()).filter(|reasons| !reasons.is_empty()));
@@ -318,6 +318,8 @@ async fn fill_and_free(program: Program, disk: &Disk, nodes: &[&str], words: &st
     assert_eq!(number(&program, "count(*)", "rows"), 600);
     assert_eq!(published(program.scratch.path()), (1..=100).collect::<Vec<_>>());
     disk.free(process);
+    let (status, answer) = posting.await.expect("no panic").expect("an answer");
+    assert_eq!(status, 200, "{answer}");
     program.wait_healthy();
     wait_for("the rows that waited", || (published(program.scratch.path()).len() == 600).then_some(()));
     program.post("/rows", &numbers(601..=700));
@@ -358,7 +360,7 @@ async fn a_full_disk_under_the_checkpoints_holds_rows_back_until_there_is_room()
         return eprintln!("this user may not mount: see the test with a limit");
     };
     let program = Program::start_in(folder, free_port(), DISK);
-    fill_and_free(program, &disk, &["checkpoint"], "No space left").await;
+    fill_and_free(program, &disk, &["checkpoint", "source posted"], "No space left").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -371,7 +373,7 @@ async fn files_that_may_not_grow_hold_rows_back_until_they_may() {
     let process = Process::start(&mut command);
     let program = Program { scratch: folder, port, process };
     wait_for("the program to answer", || program::get(port, "/health"));
-    fill_and_free(program, &Disk::Limited, &["sink history", "checkpoint"], "File too large").await;
+    fill_and_free(program, &Disk::Limited, &["sink history", "checkpoint", "source posted"], "File too large").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

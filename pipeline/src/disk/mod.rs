@@ -39,6 +39,10 @@ pub trait DiskFile: Write + Send + Sync + Debug {
 
     /// Cuts the file, or extends it with zeros. The next write goes to the new end.
     fn set_len(&mut self, length: u64) -> io::Result<()>;
+
+    /// Writes over bytes that are there; the length stays. With the same bytes it makes sure that the next sync is about
+    /// them: those that an earlier sync failed to write may be called clean since.
+    fn overwrite(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()>;
 }
 
 /// The file operations.
@@ -59,7 +63,7 @@ pub trait Disk: Send + Sync + Debug {
     fn list(&self, folder: &Path) -> io::Result<Vec<Entry>>;
 
     /// Creates a folder and those above it that are missing, each made durable in the one above. An existing one is no
-    /// error.
+    /// error, and it too is made durable in the one above: a process may have been killed just after it made it.
     fn create_folder(&self, folder: &Path) -> io::Result<()>;
 
     /// Gives a file another name, replacing what had it. Durable after [`Disk::sync_folder`].
@@ -82,6 +86,57 @@ pub trait Disk: Send + Sync + Debug {
             result => result,
         }
     }
+}
+
+/// Extension of a file that [`write_whole`] is writing.
+const DRAFT: &str = "draft";
+
+/// Why a file could not be written as a whole.
+#[derive(Debug)]
+pub enum NotWritten {
+    /// Nothing has changed.
+    Unchanged(io::Error),
+    /// The folder could not be synced: the file is there now, but a power loss may take it back.
+    Unknown(io::Error),
+}
+
+impl From<NotWritten> for io::Error {
+    fn from(not_written: NotWritten) -> Self {
+        match not_written {
+            NotWritten::Unchanged(error) | NotWritten::Unknown(error) => error,
+        }
+    }
+}
+
+/// Writes a file that is there as a whole and durable, or not at all, whatever happens: under another name (the extension
+/// `draft`), synced, renamed into place. The file is left open at its end.
+pub fn write_whole(disk: &dyn Disk, path: &Path, bytes: &[u8]) -> Result<Box<dyn DiskFile>, NotWritten> {
+    let draft = path.with_extension(DRAFT);
+    let write = || {
+        let mut file = disk.create(&draft)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        disk.rename(&draft, path)?;
+        Ok(file)
+    };
+    let file = write().map_err(|error| {
+        // On a full disk it would only take room. If it stays: the next start removes it.
+        let _ = disk.remove_if_there(&draft);
+        NotWritten::Unchanged(error)
+    })?;
+    disk.sync_folder(path.parent().unwrap_or(Path::new(""))).map_err(NotWritten::Unknown)?;
+    Ok(file)
+}
+
+/// Removes what a process that was killed had begun to write with [`write_whole`].
+pub fn remove_drafts(disk: &dyn Disk, folder: &Path) -> io::Result<()> {
+    for entry in disk.list(folder)? {
+        let path = folder.join(&entry.name);
+        if !entry.folder && path.extension().is_some_and(|extension| extension == DRAFT) {
+            disk.remove_if_there(&path)?;
+        }
+    }
+    Ok(())
 }
 
 /// The disk of this machine.
@@ -115,6 +170,12 @@ impl DiskFile for RealFile {
         // Otherwise a write after a cut would leave a hole.
         self.0.seek(SeekFrom::Start(length)).map(drop)
     }
+
+    fn overwrite(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.0.seek(SeekFrom::Start(offset))?;
+        self.0.write_all(bytes)?;
+        self.0.seek(SeekFrom::End(0)).map(drop)
+    }
 }
 
 impl Disk for RealDisk {
@@ -123,8 +184,9 @@ impl Disk for RealDisk {
     }
 
     fn append(&self, path: &Path) -> io::Result<(Box<dyn DiskFile>, u64)> {
-        let file = OpenOptions::new().append(true).open(path)?;
-        let length = file.metadata()?.len();
+        // Not `append`: with it the operating system would put an overwrite at the end too.
+        let mut file = OpenOptions::new().write(true).open(path)?;
+        let length = file.seek(SeekFrom::End(0))?;
         Ok((Box::new(RealFile(file)), length))
     }
 
@@ -162,10 +224,14 @@ impl Disk for RealDisk {
     }
 
     fn create_folder(&self, folder: &Path) -> io::Result<()> {
-        if folder.as_os_str().is_empty() || folder.is_dir() {
-            return Ok(());
+        let Some(above) = folder.parent() else { return Ok(()) };
+        if folder.is_dir() {
+            return match self.sync_folder(above) {
+                // Someone else's folder, and so someone else's care.
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+                result => result,
+            };
         }
-        let above = folder.parent().unwrap_or(Path::new(""));
         self.create_folder(above)?;
         match fs::create_dir(folder) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists || !folder.is_dir() => return Err(error),
@@ -219,11 +285,12 @@ mod tests {
         let (mut file, length) = disk.append(&path).expect("opened");
         assert_eq!(length, 10);
         file.set_len(7).expect("cut");
+        file.overwrite(0, b"H").expect("written");
         file.write_all(b"me").expect("written");
         file.sync_all().expect("synced");
-        assert_eq!(disk.read(&path).expect("read"), b"hello, me");
+        assert_eq!(disk.read(&path).expect("read"), b"Hello, me");
         assert_eq!(disk.read_range(&path, 7, 100).expect("read"), b"me");
-        assert_eq!(disk.read_range(&path, 0, 5).expect("read"), b"hello");
+        assert_eq!(disk.read_range(&path, 0, 5).expect("read"), b"Hello");
         assert_eq!(disk.read_range(&path, 100, usize::MAX).expect("read"), b"");
 
         let other = folder.join("two");

@@ -48,6 +48,7 @@ mod cursor;
 mod format;
 mod groups;
 mod recovery;
+mod tail;
 #[cfg(test)]
 mod tests;
 
@@ -64,15 +65,13 @@ use serde::Deserialize;
 use tracing::warn;
 
 pub use self::cursor::Cursor;
-use self::format::{GROUP_BYTES_MAX, GROUP_HEADER, GroupHeader};
-use self::groups::{Groups, Step};
+use self::format::{GROUP_BYTES_MAX, GROUP_HEADER};
+use self::groups::Groups;
 pub use self::recovery::{Damage, Report, Segment, inspect};
 use self::recovery::{damaged, scan, segment_path};
-use crate::disk::{Disk, DiskFile};
+use self::tail::{Tail, find_place};
+use crate::disk::{Disk, NotWritten, remove_drafts, write_whole};
 use crate::error::{Error, Result};
-
-/// Extension of a segment that is being made.
-const DRAFT: &str = "draft";
 
 /// Capacity of the buffer that is kept from one commit to the next, in bytes: a single huge message shall not hold its
 /// memory for ever.
@@ -164,27 +163,6 @@ struct Kept {
     bytes: u64,
 }
 
-/// The segment that is written to.
-#[derive(Debug)]
-struct Tail {
-    file: Box<dyn DiskFile>,
-    header_bytes: u64,
-    /// Up to the end of the last whole group.
-    length: u64,
-    /// How much of that is durable.
-    synced: u64,
-    /// Whether a part of a group that could not be written is still to be cut off.
-    cut_needed: bool,
-}
-
-/// Why a segment could not be made.
-enum NotMade {
-    /// Nothing has changed.
-    Unchanged(io::Error),
-    /// It is not known whether it is there.
-    Unknown(io::Error),
-}
-
 impl Log {
     /// Opens the log in a folder, or begins one, and cuts off what a crash left of its last commits.
     ///
@@ -192,10 +170,6 @@ impl Log {
     pub fn open(disk: Arc<dyn Disk>, folder: &Path, options: LogOptions) -> Result<(Self, Opened)> {
         let failed = |error: io::Error| Error::outside(format!("log `{}`", folder.display())).because(error).fatal();
         disk.create_folder(folder).map_err(failed)?;
-        // A process may have been killed between making the folder and syncing it.
-        if let Some(above) = folder.parent() {
-            disk.sync_folder(above).map_err(failed)?;
-        }
         remove_drafts(&*disk, folder).map_err(failed)?;
         let mut report = scan(&disk, folder).map_err(failed)?;
         if let Some(damage) = report.damage.iter().find(|damage| !damage.torn) {
@@ -209,19 +183,11 @@ impl Log {
                 warn!("`{path}`: its last {cut} bytes are a commit that never came back, they are cut off");
             }
             last.bytes = last.sound_bytes;
-            open_tail(&*disk, &last.path, last.header_bytes, last.sound_bytes).map_err(failed)?
+            Tail::open(&*disk, last).map_err(failed)?
         } else {
             opened.created = true;
-            let tail = make_segment(&*disk, folder, 0, &[]).map_err(|not_made| failed(not_made.into()))?;
-            report.segments.push(Segment {
-                path: segment_path(folder, 0),
-                first_lsn: 0,
-                next_lsn: 0,
-                bytes: tail.length,
-                sound_bytes: tail.length,
-                header_bytes: tail.length,
-                groups: 0,
-            });
+            let tail = Tail::make(&*disk, &segment_path(folder, 0), 0, &[]).map_err(|error| failed(error.into()))?;
+            report.segments.push(Segment::new(segment_path(folder, 0), 0, tail.length));
             tail
         };
         let log = Self {
@@ -298,7 +264,7 @@ impl Log {
         self.check_sound()?;
         self.check_kept(lsn)?;
         self.drop_buffered();
-        if lsn == self.committed_lsn() {
+        if lsn == self.committed_lsn() && !self.tail.unsure {
             return Ok(());
         }
         // Readers first: they must not look for what is about to go.
@@ -373,7 +339,7 @@ impl Log {
         }
         let lsn = self.committed_lsn();
         let path = self.newest_path();
-        let Tail { file, length, synced, cut_needed, .. } = &mut self.tail;
+        let Tail { file, length, synced, cut_needed, unsure, .. } = &mut self.tail;
         if *cut_needed {
             file.set_len(*length).map_err(|error| failed(&path, error))?;
             *cut_needed = false;
@@ -381,6 +347,7 @@ impl Log {
         format::seal(&mut self.buffer, *length, lsn, self.buffered, *synced);
         if let Err(error) = file.write_all(&self.buffer) {
             *cut_needed = file.set_len(*length).is_err();
+            *unsure = true;
             return Err(failed(&path, error));
         }
         if self.options.durability == Durability::Power
@@ -390,6 +357,7 @@ impl Log {
         }
         let tail = &mut self.tail;
         tail.length += self.buffer.len() as u64;
+        tail.unsure = false;
         if self.options.durability == Durability::Power {
             tail.synced = tail.length;
         }
@@ -415,21 +383,21 @@ impl Log {
             self.tail.synced = self.tail.length;
         }
         let lsn = self.committed_lsn();
-        match make_segment(&*self.disk, &self.folder, lsn, head) {
+        match Tail::make(&*self.disk, &segment_path(&self.folder, lsn), lsn, head) {
             Ok(tail) => {
                 self.segments.push_back(Kept { first_lsn: lsn, bytes: tail.length });
                 self.tail = tail;
                 self.rotation_failed = false;
                 Ok(())
             }
-            Err(NotMade::Unchanged(error)) => {
+            Err(NotWritten::Unchanged(error)) => {
                 if !self.rotation_failed {
                     warn!("log `{}`: no new segment could be made, the old one grows: {error}", self.folder.display());
                 }
                 self.rotation_failed = true;
                 Ok(())
             }
-            Err(NotMade::Unknown(error)) => Err(self.poison("a new segment may or may not be there", error)),
+            Err(NotWritten::Unknown(error)) => Err(self.poison("a new segment may or may not be there", error)),
         }
     }
 
@@ -453,20 +421,23 @@ impl Log {
             self.disk.sync_folder(&self.folder)?;
             self.segments.pop_back();
         }
-        let Kept { first_lsn, .. } = *self.newest();
-        let path = self.newest_path();
-        let place = find_place(&self.disk, &path, first_lsn, lsn)?;
-        let length = if let Some(group) = place.shortened {
+        let Kept { first_lsn, bytes } = *self.newest();
+        let mut segment = Segment::new(self.newest_path(), first_lsn, bytes);
+        let place = find_place(&self.disk, &segment.path, first_lsn, lsn)?;
+        segment.header_bytes = place.header_bytes;
+        segment.sound_bytes = place.offset;
+        if let Some(group) = place.shortened {
             // A shorter group written over the longer one could be torn by a crash: records below `lsn` would be lost.
-            let mut bytes = self.disk.read_range(&path, 0, usize::try_from(place.offset).unwrap_or(usize::MAX))?;
+            let kept = usize::try_from(place.offset).unwrap_or(usize::MAX);
+            let mut bytes = self.disk.read_range(&segment.path, 0, kept)?;
             bytes.extend_from_slice(&group);
-            write_file(&*self.disk, &self.folder, &path, &bytes)?;
-            bytes.len() as u64
-        } else {
-            place.offset
-        };
-        self.tail = open_tail(&*self.disk, &path, place.header_bytes, length)?;
-        self.newest_mut().bytes = length;
+            write_whole(&*self.disk, &segment.path, &bytes)?;
+            segment.sound_bytes = bytes.len() as u64;
+        }
+        // In this process no sync failed: nothing has to be written again.
+        segment.durable_bytes = segment.sound_bytes;
+        self.tail = Tail::open(&*self.disk, &segment)?;
+        self.newest_mut().bytes = segment.sound_bytes;
         Ok(())
     }
 
@@ -487,7 +458,7 @@ impl Log {
             return Ok(());
         }
         let told = format!(
-            "log `{}` holds the records from {first} to {end}, but {lsn} is where it should go on: \
+            "log `{}` begins at record {first} and ends before {end}, but it should go on at {lsn}: \
              files of it were removed, or it and the checkpoints are of different times",
             self.folder.display()
         );
@@ -529,105 +500,6 @@ impl Log {
     }
 }
 
-impl From<NotMade> for io::Error {
-    fn from(not_made: NotMade) -> Self {
-        match not_made {
-            NotMade::Unchanged(error) | NotMade::Unknown(error) => error,
-        }
-    }
-}
-
-/// Where a segment is to be cut.
-struct Place {
-    header_bytes: u64,
-    /// Up to here everything is kept.
-    offset: u64,
-    /// The group that takes the place of the one at `offset`, if the cut goes through it.
-    shortened: Option<Vec<u8>>,
-}
-
-/// Where the records of a segment that are below `lsn` end.
-fn find_place(disk: &Arc<dyn Disk>, path: &Path, first_lsn: u64, lsn: u64) -> io::Result<Place> {
-    let bad = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
-    let (mut groups, _head) = Groups::open(disk, path, first_lsn)?.map_err(bad)?;
-    let header_bytes = groups.offset();
-    let mut next = first_lsn;
-    while next < lsn {
-        let Step::Group { offset, header, bytes } = groups.step(next)? else {
-            return Err(bad("a committed group is missing"));
-        };
-        next += u64::from(header.count);
-        if next > lsn {
-            let count = header.count - (next - lsn) as u32;
-            let shortened = shorten(&bytes, offset, &header, count).ok_or_else(|| bad("a record does not fit"))?;
-            return Ok(Place { header_bytes, offset, shortened: Some(shortened) });
-        }
-    }
-    Ok(Place { header_bytes, offset: groups.offset(), shortened: None })
-}
-
-/// A group with the first `count` of its records.
-fn shorten(group: &[u8], offset: u64, header: &GroupHeader, count: u32) -> Option<Vec<u8>> {
-    let mut length = GROUP_HEADER;
-    for _ in 0..count {
-        length += format::record_length(&group[length..])?;
-    }
-    let mut group = group[..length].to_vec();
-    format::seal(&mut group, offset, header.first_lsn, count, header.synced);
-    Some(group)
-}
-
 fn failed(path: &Path, error: io::Error) -> Error {
     Error::outside(format!("`{}`", path.display())).because(error)
-}
-
-/// Removes what a process that was killed had begun to make.
-fn remove_drafts(disk: &dyn Disk, folder: &Path) -> io::Result<()> {
-    for entry in disk.list(folder)? {
-        let path = folder.join(&entry.name);
-        if !entry.folder && path.extension().is_some_and(|extension| extension == DRAFT) {
-            disk.remove_if_there(&path)?;
-        }
-    }
-    Ok(())
-}
-
-/// Opens the newest segment to go on at `length`; what lies behind goes.
-fn open_tail(disk: &dyn Disk, path: &Path, header_bytes: u64, length: u64) -> io::Result<Tail> {
-    let (mut file, found) = disk.append(path)?;
-    if found != length {
-        file.set_len(length)?;
-    }
-    // The cut must not be undone once there are new groups; and what a killed process wrote, or named, without
-    // syncing it is about to be believed in.
-    file.sync_all()?;
-    disk.sync_folder(path.parent().unwrap_or(Path::new("")))?;
-    Ok(Tail { file, header_bytes, length, synced: length, cut_needed: false })
-}
-
-/// A new segment without groups, durable.
-fn make_segment(disk: &dyn Disk, folder: &Path, first_lsn: u64, head: &[u8]) -> Result<Tail, NotMade> {
-    let header = format::segment_header(first_lsn, head);
-    let file = write_file(disk, folder, &segment_path(folder, first_lsn), &header)?;
-    let length = header.len() as u64;
-    Ok(Tail { file, header_bytes: length, length, synced: length, cut_needed: false })
-}
-
-/// A file that is there as a whole or not at all, whatever happens.
-fn write_file(disk: &dyn Disk, folder: &Path, path: &Path, bytes: &[u8]) -> Result<Box<dyn DiskFile>, NotMade> {
-    let draft = path.with_extension(DRAFT);
-    let write = || {
-        let mut file = disk.create(&draft)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        Ok(file)
-    };
-    let renamed = write().and_then(|file| disk.rename(&draft, path).map(|()| file));
-    let file = renamed.map_err(|error| {
-        // On a full disk it would only take room. If it stays: the next start removes it.
-        let _ = disk.remove_if_there(&draft);
-        NotMade::Unchanged(error)
-    })?;
-    disk.sync_folder(folder).map_err(NotMade::Unknown)?;
-    Ok(file)
 }

@@ -3,7 +3,9 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
+use super::Cursor;
 use super::format::{self, GROUP_HEADER};
 use super::groups::{Groups, Step};
 use crate::disk::Disk;
@@ -31,6 +33,12 @@ impl Report {
         self.segments.last().map_or(0, |segment| segment.next_lsn)
     }
 
+    /// Reads the sound records of the log that was inspected, oldest first; an error at the first damage.
+    pub fn records(&self, disk: &Arc<dyn Disk>, folder: &Path) -> Cursor {
+        let end = Arc::new(AtomicU64::new(self.next_lsn()));
+        Cursor::new(disk.clone(), folder.to_owned(), end, self.first_lsn(), self.first_lsn())
+    }
+
     /// Bytes of all segments.
     pub fn bytes(&self) -> u64 {
         self.segments.iter().map(|segment| segment.bytes).sum()
@@ -50,10 +58,28 @@ pub struct Segment {
     pub bytes: u64,
     /// Length up to the first damage.
     pub sound_bytes: u64,
+    /// Length that its last whole group knew to be durable.
+    pub durable_bytes: u64,
     /// Length of the header with its head.
     pub header_bytes: u64,
     /// Commits, as far as it is sound.
     pub groups: u64,
+}
+
+impl Segment {
+    /// Without groups.
+    pub(super) fn new(path: PathBuf, first_lsn: u64, bytes: u64) -> Self {
+        Self {
+            path,
+            first_lsn,
+            next_lsn: first_lsn,
+            bytes,
+            sound_bytes: bytes,
+            durable_bytes: bytes,
+            header_bytes: bytes,
+            groups: 0,
+        }
+    }
 }
 
 /// A place that is not as it should be.
@@ -86,7 +112,9 @@ pub(super) fn segment_path(folder: &Path, first_lsn: u64) -> PathBuf {
 /// The first record of the segment with that file name, if it is one.
 fn segment_lsn(name: &str) -> Option<u64> {
     let digits = name.strip_suffix(SUFFIX)?;
-    (digits.len() == 20 && digits.bytes().all(|b| b.is_ascii_digit())).then(|| digits.parse().ok())?
+    let lsn = (digits.len() == 20 && digits.bytes().all(|b| b.is_ascii_digit())).then(|| digits.parse().ok())?;
+    // No log gets there; a file that someone named so must not make sums overflow.
+    lsn.filter(|lsn| *lsn < 1 << 63)
 }
 
 /// An error about a place that is wrong although it was durable.
@@ -138,10 +166,9 @@ fn scan_segment(
     first_lsn: u64,
     last: bool,
 ) -> io::Result<(Segment, Option<Damage>)> {
-    let mut segment =
-        Segment { path, first_lsn, next_lsn: first_lsn, bytes: 0, sound_bytes: 0, header_bytes: 0, groups: 0 };
-    let (mut groups, _head) = match Groups::open(disk, &segment.path, first_lsn)? {
-        Ok(opened) => opened,
+    let mut segment = Segment::new(path, first_lsn, 0);
+    let mut groups = match Groups::open(disk, &segment.path, first_lsn)? {
+        Ok((groups, _head)) => groups,
         Err(what) => {
             segment.bytes = disk.read(&segment.path)?.len() as u64;
             let damage = Damage { path: segment.path.clone(), offset: 0, what: what.to_owned(), torn: false };
@@ -149,6 +176,7 @@ fn scan_segment(
         }
     };
     segment.header_bytes = groups.offset();
+    segment.durable_bytes = segment.header_bytes;
     loop {
         let (offset, what) = match groups.step(segment.next_lsn)? {
             Step::End => {
@@ -160,6 +188,7 @@ fn scan_segment(
                 if records_fill(&bytes[GROUP_HEADER..], header.count) {
                     segment.next_lsn += u64::from(header.count);
                     segment.groups += 1;
+                    segment.durable_bytes = segment.durable_bytes.max(header.synced.min(offset));
                     continue;
                 }
                 (offset, "the records of a group do not fill it")

@@ -4,19 +4,19 @@
 //! each node its key (text), fingerprint (u64) and state (bytes).
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, TryLockError};
-use std::io::Write;
+use std::fs::{File, TryLockError};
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use tracing::warn;
 
+use crate::disk::{Disk, RealDisk, remove_drafts, write_whole};
 use crate::error::{Error, Result};
 use crate::state::{StateReader, StateWriter};
 
 const MAGIC: &[u8; 8] = b"TAILWCK1";
 const SUFFIX: &str = ".checkpoint";
-/// Extension of a checkpoint that is being written.
-const DRAFT: &str = "draft";
 /// Checkpoints kept: the newest, and two to fall back to.
 const KEPT: usize = 3;
 
@@ -31,34 +31,43 @@ pub(crate) struct Checkpoint {
 /// The state folder, locked by this process.
 #[derive(Debug)]
 pub(crate) struct Store {
+    disk: Arc<dyn Disk>,
     dir: PathBuf,
-    _lock: File,
+    /// Nothing on a simulated disk, which no other process sees.
+    _lock: Option<File>,
 }
 
 impl Store {
     /// Creates the folder if need be and locks it: two processes on one state would each undo the other's.
     pub(crate) fn open(dir: &Path) -> Result<Self> {
-        let failed = |e: std::io::Error| Error::outside(format!("state folder `{}`", dir.display())).because(e).fatal();
-        fs::create_dir_all(dir).map_err(failed)?;
-        let lock = File::create(dir.join("lock")).map_err(failed)?;
+        RealDisk.create_folder(dir).map_err(|error| failed(dir, error).fatal())?;
+        let lock = File::create(dir.join("lock")).map_err(|error| failed(dir, error).fatal())?;
         match lock.try_lock() {
-            Ok(()) => {
-                remove_drafts(dir).map_err(failed)?;
-                Ok(Self { dir: dir.to_owned(), _lock: lock })
-            }
+            Ok(()) => Self::on(Arc::new(RealDisk), dir, Some(lock)),
             Err(TryLockError::WouldBlock) => Err(Error::outside(format!(
                 "another process runs on the state folder `{}`; stop it, or give this one its own `checkpoint: {{dir: …}}`",
                 dir.display()
             ))
             .fatal()),
-            Err(TryLockError::Error(error)) => Err(failed(error)),
+            Err(TryLockError::Error(error)) => Err(failed(dir, error).fatal()),
         }
+    }
+
+    fn on(disk: Arc<dyn Disk>, dir: &Path, lock: Option<File>) -> Result<Self> {
+        let prepare = || {
+            disk.create_folder(dir)?;
+            remove_drafts(&*disk, dir)?;
+            // A process may have been killed just after a rename. What is restored now must not be taken back later.
+            disk.sync_folder(dir)
+        };
+        prepare().map_err(|error| failed(dir, error).fatal())?;
+        Ok(Self { disk, dir: dir.to_owned(), _lock: lock })
     }
 
     /// The newest checkpoint that is whole. A damaged one is skipped with a warning.
     pub(crate) fn latest(&self) -> Result<Option<Checkpoint>> {
         for (number, path) in self.list()?.into_iter().rev() {
-            match read(&path) {
+            match self.read(&path) {
                 Ok(checkpoint) => return Ok(Some(checkpoint)),
                 Err(error) => warn!("checkpoint {number} is damaged and skipped: {error}"),
             }
@@ -68,20 +77,14 @@ impl Store {
 
     /// Makes a checkpoint durable and removes those that are no longer kept. Returns the number of the oldest that is.
     pub(crate) fn write(&self, checkpoint: &Checkpoint) -> Result<u64> {
-        let failed = |e: std::io::Error| Error::outside(format!("checkpoint in `{}`", self.dir.display())).because(e);
         let path = self.dir.join(format!("{:020}{SUFFIX}", checkpoint.number));
-        let draft = path.with_extension(DRAFT);
-        if let Err(error) = write_and_sync(&draft, &encode(checkpoint)) {
-            // On a full disk it would only take room: the next checkpoint has another name.
-            let _ = fs::remove_file(&draft);
-            return Err(failed(error));
-        }
-        fs::rename(&draft, &path).map_err(failed)?;
-        File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
+        write_whole(&*self.disk, &path, &encode(checkpoint)).map_err(|error| {
+            Error::outside(format!("checkpoint in `{}`", self.dir.display())).because(io::Error::from(error))
+        })?;
         let list = self.list()?;
         let (old, kept) = list.split_at(list.len().saturating_sub(KEPT));
         for (_, old) in old {
-            let _ = fs::remove_file(old);
+            let _ = self.disk.remove(old);
         }
         Ok(kept.first().map_or(checkpoint.number, |(oldest, _)| *oldest))
     }
@@ -89,42 +92,31 @@ impl Store {
     /// Removes all checkpoints: the next run starts anew.
     pub(crate) fn clear(&self) -> Result<()> {
         for (_, path) in self.list()? {
-            fs::remove_file(&path).map_err(|e| Error::outside(format!("`{}`", path.display())).because(e))?;
+            // One by one, the oldest first: of several removals a power loss could keep any, and leave only an old one.
+            let removed = self.disk.remove_if_there(&path).and_then(|()| self.disk.sync_folder(&self.dir));
+            removed.map_err(|e| Error::outside(format!("`{}`", path.display())).because(e))?;
         }
         Ok(())
     }
 
     /// Numbers and paths, oldest first.
     fn list(&self) -> Result<Vec<(u64, PathBuf)>> {
-        let failed = |e: std::io::Error| Error::outside(format!("state folder `{}`", self.dir.display())).because(e);
-        let mut list = Vec::new();
-        for entry in fs::read_dir(&self.dir).map_err(failed)? {
-            let path = entry.map_err(failed)?.path();
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            if let Some(number) = name.strip_suffix(SUFFIX).and_then(|number| number.parse().ok()) {
-                list.push((number, path));
-            }
-        }
+        let entries = self.disk.list(&self.dir).map_err(|error| failed(&self.dir, error))?;
+        let number = |name: &str| name.strip_suffix(SUFFIX)?.parse().ok();
+        let mut list: Vec<(u64, PathBuf)> =
+            entries.iter().filter_map(|entry| Some((number(&entry.name)?, self.dir.join(&entry.name)))).collect();
         list.sort();
         Ok(list)
     }
-}
 
-/// Removes what a process that was killed had begun to write.
-fn remove_drafts(dir: &Path) -> std::io::Result<()> {
-    for entry in fs::read_dir(dir)? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == DRAFT) {
-            fs::remove_file(&path)?;
-        }
+    fn read(&self, path: &Path) -> Result<Checkpoint> {
+        let bytes = self.disk.read(path).map_err(|e| Error::outside(format!("`{}`", path.display())).because(e))?;
+        decode(&bytes)
     }
-    Ok(())
 }
 
-fn write_and_sync(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let mut file = File::create(path)?;
-    file.write_all(bytes)?;
-    file.sync_all()
+fn failed(dir: &Path, error: io::Error) -> Error {
+    Error::outside(format!("state folder `{}`", dir.display())).because(error)
 }
 
 fn encode(checkpoint: &Checkpoint) -> Vec<u8> {
@@ -141,11 +133,6 @@ fn encode(checkpoint: &Checkpoint) -> Vec<u8> {
     bytes.extend_from_slice(&crc32c::crc32c(&body).to_le_bytes());
     bytes.extend_from_slice(&body);
     bytes
-}
-
-fn read(path: &Path) -> Result<Checkpoint> {
-    let bytes = fs::read(path).map_err(|e| Error::outside(format!("`{}`", path.display())).because(e))?;
-    decode(&bytes)
 }
 
 fn decode(bytes: &[u8]) -> Result<Checkpoint> {
@@ -167,7 +154,10 @@ fn decode(bytes: &[u8]) -> Result<Checkpoint> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+    use crate::disk::simulated::SimulatedDisk;
 
     fn checkpoint(number: u64) -> Checkpoint {
         let nodes = [("source/a", 1, vec![1, 2]), ("pipeline/b", 2, vec![])];
@@ -205,5 +195,67 @@ mod tests {
         assert!(Store::open(dir.path()).is_err());
         drop(first);
         assert!(Store::open(dir.path()).is_ok());
+    }
+    fn on(disk: &SimulatedDisk) -> Result<Store> {
+        Store::on(Arc::new(disk.clone()), Path::new("state"), None)
+    }
+
+    fn newest(disk: &SimulatedDisk) -> u64 {
+        let found = on(disk).expect("store").latest().expect("latest").unwrap_or_default();
+        if found.number > 0 {
+            assert_eq!(found, checkpoint(found.number));
+        }
+        found.number
+    }
+
+    /// Writes checkpoints until something fails: the newest that was written, and the one that was begun.
+    fn write_some(disk: &SimulatedDisk, from: u64) -> (u64, u64) {
+        let Ok(store) = on(disk) else { return (from, from) };
+        for number in from + 1..from + 6 {
+            if store.write(&checkpoint(number)).is_err() {
+                return (number - 1, number);
+            }
+        }
+        (from + 5, from + 5)
+    }
+
+    #[test]
+    fn a_power_loss_anywhere_leaves_the_newest_checkpoint_or_the_one_begun() {
+        let disk = SimulatedDisk::new(0);
+        write_some(&disk, 0);
+        for seed in 0..20 {
+            for operation in 0..=disk.operations() {
+                let disk = SimulatedDisk::new(seed);
+                disk.power_off_after(operation);
+                let (written, begun) = write_some(&disk, 0);
+                let disk = disk.crash();
+                let found = newest(&disk);
+                assert!((written..=begun).contains(&found), "seed {seed}, operation {operation}: {found}");
+                // Once restored it is not taken back, and the run goes on from it.
+                assert_eq!(newest(&disk.crash()), found, "seed {seed}, operation {operation}");
+                let disk = SimulatedDisk::new(seed);
+                disk.fail_after(operation, 1);
+                let (written, begun) = write_some(&disk, 0);
+                let disk = disk.kill();
+                let found = newest(&disk);
+                assert!((written..=begun).contains(&found), "seed {seed}, operation {operation}: {found}");
+                assert_eq!(newest(&disk.crash()), found, "seed {seed}, operation {operation}");
+            }
+        }
+    }
+
+    #[test]
+    fn clearing_that_a_power_loss_ends_leaves_the_newest_checkpoint_or_none() {
+        for seed in 0..50 {
+            for operation in 0..10 {
+                let disk = SimulatedDisk::new(seed);
+                let (written, _) = write_some(&disk, 0);
+                let store = on(&disk).expect("store");
+                disk.power_off_after(operation);
+                let cleared = store.clear().is_ok();
+                let found = newest(&disk.crash());
+                assert!(found == 0 || (found == written && !cleared), "seed {seed}, operation {operation}: {found}");
+            }
+        }
     }
 }

@@ -9,15 +9,14 @@
 //!
 //! That is more than real file systems lose (they keep some order), so what survives here survives there.
 
-use std::collections::BTreeMap;
+mod state;
+
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use self::state::{Change, Content, Fate, Naming, Node, State, is_root};
 use super::{Disk, DiskFile, Entry};
-
-/// What a disk writes as a whole or not at all, in bytes.
-const SECTOR: usize = 512;
 
 /// Numbers from a seed, the same on every machine (SplitMix64).
 #[derive(Clone, Debug)]
@@ -30,7 +29,7 @@ impl Random {
     }
 
     /// The next number.
-    pub fn next(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut mixed = self.0;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -40,7 +39,7 @@ impl Random {
 
     /// A number below `bound`; zero if `bound` is.
     pub fn below(&mut self, bound: u64) -> u64 {
-        self.next().checked_rem(bound).unwrap_or(0)
+        self.number().checked_rem(bound).unwrap_or(0)
     }
 }
 
@@ -50,95 +49,10 @@ pub struct SimulatedDisk {
     state: Arc<Mutex<State>>,
 }
 
-#[derive(Clone, Debug)]
-struct State {
-    random: Random,
-    /// The power is off: every operation fails.
-    dead: bool,
-    operations: u64,
-    power_off_after: Option<u64>,
-    fail_after: Option<u64>,
-    fail_sync_after: Option<u64>,
-    /// Bytes that still fit.
-    room: Option<u64>,
-    next_file: u64,
-    files: BTreeMap<u64, Content>,
-    /// The names as a running process sees them.
-    names: BTreeMap<PathBuf, Node>,
-    /// The names that survive a power loss for sure.
-    durable: BTreeMap<PathBuf, Node>,
-    /// What lies between the two, in order.
-    unsynced: Vec<Naming>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Node {
-    Folder,
-    File(u64),
-}
-
-#[derive(Clone, Debug)]
-enum Naming {
-    Added { path: PathBuf, node: Node },
-    Renamed { from: PathBuf, to: PathBuf, node: Node },
-    Removed { path: PathBuf, node: Node },
-}
-
-/// One file: as a running process sees it, as it surely survives, and the changes between, in order.
-#[derive(Clone, Debug, Default)]
-struct Content {
-    seen: Vec<u8>,
-    durable: Vec<u8>,
-    unsynced: Vec<Change>,
-}
-
-#[derive(Clone, Debug)]
-enum Change {
-    Written { offset: usize, bytes: Vec<u8> },
-    Length(usize),
-}
-
-/// What becomes of an operation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
-    Succeeds,
-    /// It fails, and was perhaps half done.
-    Fails,
-    /// The power goes in the middle of it.
-    PowerGoes,
-}
-
-impl Fate {
-    fn result(self) -> io::Result<()> {
-        match self {
-            Self::Succeeds => Ok(()),
-            Self::Fails => Err(io::Error::other("simulated input/output error")),
-            Self::PowerGoes => Err(power_is_off()),
-        }
-    }
-}
-
-fn power_is_off() -> io::Error {
-    io::Error::new(io::ErrorKind::BrokenPipe, "the simulated power is off")
-}
-
 impl SimulatedDisk {
     /// An empty disk whose losses come from `seed`.
     pub fn new(seed: u64) -> Self {
-        Self::of(State {
-            random: Random::new(seed),
-            dead: false,
-            operations: 0,
-            power_off_after: None,
-            fail_after: None,
-            fail_sync_after: None,
-            room: None,
-            next_file: 0,
-            files: BTreeMap::new(),
-            names: BTreeMap::new(),
-            durable: BTreeMap::new(),
-            unsynced: Vec::new(),
-        })
+        Self::of(State::new(Random::new(seed)))
     }
 
     fn of(state: State) -> Self {
@@ -155,14 +69,16 @@ impl SimulatedDisk {
         lock(&self.state).power_off_after = Some(operations);
     }
 
-    /// Lets `operations` more succeed and fails the one after them, once. A write that fails is perhaps half done; for a
-    /// sync see [`SimulatedDisk::fail_sync_after`].
-    pub fn fail_after(&self, operations: u64) {
-        lock(&self.state).fail_after = Some(operations);
+    /// Lets `operations` more succeed and fails the `times` after them. A write that fails is perhaps half done, or wholly; for
+    /// a sync see [`SimulatedDisk::fail_sync_after`].
+    pub fn fail_after(&self, operations: u64, times: u64) {
+        let mut state = lock(&self.state);
+        (state.fail_after, state.fail_times) = (Some(operations), times);
     }
 
-    /// Lets `syncs` more succeed and fails the one after them, once. Any part of what it was to make durable is gone for
-    /// ever, although reads still show it and the next sync succeeds.
+    /// Lets `syncs` more succeed and fails the one after them, once. Any part of the bytes that it was to make durable is
+    /// gone for ever, although reads still show them and the next sync succeeds. Names and lengths are not forgotten like
+    /// that: file systems keep them in a journal.
     pub fn fail_sync_after(&self, syncs: u64) {
         lock(&self.state).fail_sync_after = Some(syncs);
     }
@@ -173,26 +89,25 @@ impl SimulatedDisk {
         lock(&self.state).room = bytes;
     }
 
+    /// Takes back every failure asked for; any number of bytes fits.
+    pub fn calm(&self) {
+        let mut state = lock(&self.state);
+        state.power_off_after = None;
+        state.fail_after = None;
+        state.fail_sync_after = None;
+        state.room = None;
+    }
+
+    /// Whether the power is off, or another disk went on from this one.
+    pub fn is_off(&self) -> bool {
+        lock(&self.state).dead
+    }
+
     /// The disk as it is found when the power comes back. Files still open on this one only give errors.
     #[must_use]
     pub fn crash(&self) -> Self {
         let mut found = self.take_over();
-        let State { random, files, durable, unsynced, names, .. } = &mut found;
-        for content in files.values_mut() {
-            content.lose(random);
-        }
-        let odds = random.below(5);
-        for change in unsynced.drain(..) {
-            if random.below(4) < odds {
-                change.apply(durable);
-            }
-        }
-        let folders: Vec<PathBuf> =
-            durable.iter().filter(|(_, node)| **node == Node::Folder).map(|(path, _)| path.clone()).collect();
-        durable.retain(|path, _| {
-            path.ancestors().skip(1).all(|above| is_root(above) || folders.iter().any(|f| f == above))
-        });
-        names.clone_from(durable);
+        found.lose();
         Self::of(found)
     }
 
@@ -226,195 +141,13 @@ impl SimulatedDisk {
         next.power_off_after = None;
         next.fail_after = None;
         next.fail_sync_after = None;
-        next.random = Random::new(state.random.next());
+        next.random = Random::new(state.random.number());
         next
     }
 }
 
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn is_root(path: &Path) -> bool {
-    path.parent().is_none()
-}
-
-impl State {
-    /// Counts an operation and says what becomes of it.
-    fn begin(&mut self) -> io::Result<Fate> {
-        if self.dead {
-            return Err(power_is_off());
-        }
-        self.operations += 1;
-        if count_down(&mut self.power_off_after) {
-            self.dead = true;
-            return Ok(Fate::PowerGoes);
-        }
-        Ok(if count_down(&mut self.fail_after) { Fate::Fails } else { Fate::Succeeds })
-    }
-
-    fn begin_sync(&mut self) -> io::Result<Fate> {
-        let fate = self.begin()?;
-        let fails = fate != Fate::PowerGoes && count_down(&mut self.fail_sync_after);
-        Ok(if fails { Fate::Fails } else { fate })
-    }
-
-    fn file(&self, path: &Path) -> io::Result<u64> {
-        match self.names.get(path) {
-            Some(Node::File(id)) => Ok(*id),
-            Some(Node::Folder) => Err(io::ErrorKind::IsADirectory.into()),
-            None => Err(io::ErrorKind::NotFound.into()),
-        }
-    }
-
-    fn content(&mut self, id: u64) -> &mut Content {
-        self.files.entry(id).or_default()
-    }
-
-    fn seen(&self, path: &Path) -> io::Result<&[u8]> {
-        Ok(self.files.get(&self.file(path)?).map_or(&[], |content| content.seen.as_slice()))
-    }
-
-    fn check_folder(&self, path: &Path) -> io::Result<()> {
-        match self.names.get(path) {
-            _ if is_root(path) => Ok(()),
-            Some(Node::Folder) => Ok(()),
-            Some(Node::File(_)) => Err(io::ErrorKind::NotADirectory.into()),
-            None => Err(io::ErrorKind::NotFound.into()),
-        }
-    }
-
-    fn add_file(&mut self) -> Node {
-        self.next_file += 1;
-        self.files.insert(self.next_file, Content::default());
-        Node::File(self.next_file)
-    }
-
-    fn name(&mut self, change: Naming) {
-        change.apply(&mut self.names);
-        self.unsynced.push(change);
-    }
-
-    fn give_room(&mut self, bytes: usize) {
-        if let Some(room) = &mut self.room {
-            *room += bytes as u64;
-        }
-    }
-
-    fn set_len(&mut self, id: u64, length: usize) {
-        let content = self.content(id);
-        let before = content.seen.len();
-        content.change(Change::Length(length));
-        self.give_room(before.saturating_sub(length));
-    }
-
-    fn sync_names(&mut self, folder: &Path, fate: Fate) {
-        for change in std::mem::take(&mut self.unsynced) {
-            if !change.is_in(folder) {
-                self.unsynced.push(change);
-            } else if fate == Fate::Succeeds || self.random.below(2) == 0 {
-                change.apply(&mut self.durable);
-            }
-        }
-    }
-}
-
-/// Whether this was the one to fail.
-fn count_down(left: &mut Option<u64>) -> bool {
-    match left {
-        Some(0) => {
-            *left = None;
-            true
-        }
-        Some(more) => {
-            *more -= 1;
-            false
-        }
-        None => false,
-    }
-}
-
-impl Naming {
-    fn apply(&self, names: &mut BTreeMap<PathBuf, Node>) {
-        match self {
-            Self::Added { path, node } => {
-                names.insert(path.clone(), *node);
-            }
-            Self::Renamed { from, to, node } => {
-                if names.get(from) == Some(node) {
-                    names.remove(from);
-                }
-                names.insert(to.clone(), *node);
-            }
-            Self::Removed { path, node } => {
-                if names.get(path) == Some(node) {
-                    names.remove(path);
-                }
-            }
-        }
-    }
-
-    fn is_in(&self, folder: &Path) -> bool {
-        let within = |path: &Path| path.parent() == Some(folder);
-        match self {
-            Self::Added { path, .. } | Self::Removed { path, .. } => within(path),
-            Self::Renamed { from, to, .. } => within(from) || within(to),
-        }
-    }
-}
-
-impl Content {
-    fn change(&mut self, change: Change) {
-        change.apply(&mut self.seen, |_| true);
-        self.unsynced.push(change);
-    }
-
-    fn sync(&mut self) {
-        for change in self.unsynced.drain(..) {
-            change.apply(&mut self.durable, |_| true);
-        }
-    }
-
-    /// A failed sync: some sectors reach the disk, the others never will.
-    fn sync_in_part(&mut self, random: &mut Random) {
-        let odds = random.below(5);
-        for change in self.unsynced.drain(..) {
-            change.apply(&mut self.durable, |_| random.below(4) < odds);
-        }
-    }
-
-    /// A power loss: some sectors had reached the disk, and that is all there is.
-    fn lose(&mut self, random: &mut Random) {
-        self.sync_in_part(random);
-        self.seen.clone_from(&self.durable);
-    }
-}
-
-impl Change {
-    /// Changes the parts that `keep` says, asked once per sector and once for a length.
-    fn apply(&self, to: &mut Vec<u8>, mut keep: impl FnMut(usize) -> bool) {
-        match self {
-            Self::Length(length) => {
-                if keep(0) {
-                    to.resize(*length, 0);
-                }
-            }
-            Self::Written { offset, bytes } => {
-                let mut done = 0;
-                while done < bytes.len() {
-                    let at = offset + done;
-                    let next = bytes.len().min((at / SECTOR + 1) * SECTOR - offset);
-                    if keep(at / SECTOR) {
-                        if to.len() < offset + next {
-                            to.resize(offset + next, 0);
-                        }
-                        to[at..offset + next].copy_from_slice(&bytes[done..next]);
-                    }
-                    done = next;
-                }
-            }
-        }
-    }
 }
 
 /// A file open on the simulated disk.
@@ -430,7 +163,13 @@ impl Write for SimulatedFile {
         let fate = state.begin()?;
         let mut length = bytes.len();
         if fate != Fate::Succeeds {
-            length = usize::try_from(state.random.below(length as u64 + 1)).unwrap_or(length);
+            let done = state.random.below(length as u64 + 1);
+            // All of it and nothing of it are the cases that code forgets.
+            length = match state.random.below(3) {
+                0 => 0,
+                1 => length,
+                _ => usize::try_from(done).unwrap_or(length),
+            };
         }
         if let Some(room) = &mut state.room {
             length = length.min(usize::try_from(*room).unwrap_or(usize::MAX));
@@ -474,6 +213,16 @@ impl DiskFile for SimulatedFile {
         if fate != Fate::Fails {
             let length = usize::try_from(length).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
             state.set_len(self.id, length);
+        }
+        fate.result()
+    }
+
+    fn overwrite(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        let fate = state.begin()?;
+        let offset = usize::try_from(offset).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
+        if fate != Fate::Fails {
+            state.content(self.id).change(Change::Written { offset, bytes: bytes.to_vec() });
         }
         fate.result()
     }
@@ -542,6 +291,9 @@ impl Disk for SimulatedDisk {
     fn create_folder(&self, folder: &Path) -> io::Result<()> {
         let mut state = lock(&self.state);
         let fate = state.begin()?;
+        if fate == Fate::Succeeds {
+            state.sync_names(folder.parent().unwrap_or(Path::new("")));
+        }
         let mut missing: Vec<&Path> = folder.ancestors().filter(|above| state.check_folder(above).is_err()).collect();
         while let Some(path) = missing.pop() {
             if state.names.contains_key(path) {
@@ -551,7 +303,7 @@ impl Disk for SimulatedDisk {
                 state.name(Naming::Added { path: path.to_owned(), node: Node::Folder });
             }
             if fate == Fate::Succeeds {
-                state.sync_names(path.parent().unwrap_or(Path::new("")), fate);
+                state.sync_names(path.parent().unwrap_or(Path::new("")));
             }
         }
         fate.result()
@@ -590,9 +342,104 @@ impl Disk for SimulatedDisk {
         let mut state = lock(&self.state);
         let fate = state.begin_sync()?;
         state.check_folder(folder)?;
-        if fate != Fate::PowerGoes {
-            state.sync_names(folder, fate);
+        if fate == Fate::Succeeds {
+            state.sync_names(folder);
         }
         fate.result()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::state::SECTOR;
+    use super::*;
+
+    fn write(disk: &SimulatedDisk, name: &str, bytes: &[u8]) -> Box<dyn DiskFile> {
+        let mut file = disk.create(Path::new(name)).expect("created");
+        file.write_all(bytes).expect("written");
+        file
+    }
+
+    /// A file with one synced sector and two more that are not.
+    fn three_sectors(seed: u64) -> SimulatedDisk {
+        let disk = SimulatedDisk::new(seed);
+        let mut file = write(&disk, "a", &[1; SECTOR]);
+        file.sync_data().expect("synced");
+        disk.sync_folder(Path::new("")).expect("synced");
+        file.write_all(&[2; 2 * SECTOR]).expect("written");
+        disk
+    }
+
+    #[test]
+    fn any_subset_of_the_sectors_survives_and_what_was_synced_always() {
+        let mut seen = BTreeSet::new();
+        for seed in 0..200 {
+            let bytes = three_sectors(seed).crash().read(Path::new("a")).expect("read");
+            assert_eq!(bytes[..SECTOR], [1; SECTOR]);
+            seen.insert(bytes.chunks(SECTOR).map(|sector| sector[0]).collect::<Vec<u8>>());
+        }
+        let subsets: [&[u8]; 4] = [&[1], &[1, 0, 2], &[1, 2], &[1, 2, 2]];
+        assert_eq!(seen, subsets.into_iter().map(<[u8]>::to_vec).collect());
+    }
+
+    #[test]
+    fn a_kill_loses_nothing_and_makes_nothing_durable() {
+        let disk = three_sectors(1);
+        let next = disk.kill();
+        assert!(disk.is_off() && disk.read(Path::new("a")).is_err());
+        assert_eq!(next.read(Path::new("a")).expect("read").len(), 3 * SECTOR);
+        let lengths = (0..200).map(|seed| three_sectors(seed).kill().crash().read(Path::new("a")).expect("read").len());
+        assert_eq!(lengths.min(), Some(SECTOR));
+    }
+
+    #[test]
+    fn a_failed_sync_forgets_bytes_that_are_still_read() {
+        let mut lost = false;
+        for seed in 0..50 {
+            let disk = three_sectors(seed);
+            let (mut file, _) = disk.append(Path::new("a")).expect("opened");
+            disk.fail_sync_after(0);
+            assert!(file.sync_data().is_err());
+            file.sync_data().expect("the next one succeeds");
+            assert_eq!(disk.read(Path::new("a")).expect("read").len(), 3 * SECTOR);
+            lost |= disk.crash().read(Path::new("a")).expect("read").len() < 3 * SECTOR;
+        }
+        assert!(lost);
+    }
+
+    #[test]
+    fn a_rename_gives_the_old_file_or_the_new_one() {
+        let mut seen = BTreeSet::new();
+        for seed in 0..100 {
+            let disk = SimulatedDisk::new(seed);
+            for (name, bytes) in [("new", b"new"), ("name", b"old")] {
+                write(&disk, name, bytes).sync_all().expect("synced");
+            }
+            disk.sync_folder(Path::new("")).expect("synced");
+            disk.rename(Path::new("new"), Path::new("name")).expect("renamed");
+            let found = disk.crash();
+            let bytes = found.read(Path::new("name")).expect("never neither");
+            assert_eq!(found.exists(Path::new("new")).expect("looked"), bytes == b"old");
+            seen.insert(bytes);
+        }
+        assert_eq!(seen.len(), 2);
+    }
+
+    #[test]
+    fn the_power_goes_and_stays_off_and_a_full_disk_takes_a_part() {
+        let disk = SimulatedDisk::new(1);
+        let mut file = write(&disk, "a", b"");
+        disk.set_room(Some(3));
+        assert_eq!(file.write(b"hello").expect("a part"), 3);
+        assert_eq!(file.write(b"lo").expect_err("full").kind(), io::ErrorKind::StorageFull);
+        assert_eq!(disk.create(Path::new("b")).expect_err("full").kind(), io::ErrorKind::StorageFull);
+        file.set_len(1).expect("cut");
+        assert_eq!(file.write(b"llo").expect("what the cut gave back"), 2);
+        disk.power_off_after(1);
+        assert!(disk.exists(Path::new("a")).is_ok());
+        assert!(disk.exists(Path::new("a")).is_err() && disk.read(Path::new("a")).is_err() && file.sync_all().is_err());
+        assert!(disk.is_off());
     }
 }
