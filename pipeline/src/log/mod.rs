@@ -407,7 +407,7 @@ impl Log {
             self.disk.remove_if_there(&segment_path(&self.folder, segment.first_lsn))?;
             self.disk.sync_folder(&self.folder)?;
         }
-        self.tail = make_segment(&*self.disk, &self.folder, lsn, &[])?;
+        self.tail = Tail::make(&*self.disk, &segment_path(&self.folder, lsn), lsn, &[])?;
         self.segments = VecDeque::from([Kept { first_lsn: lsn, bytes: self.tail.length }]);
         self.end.store(lsn, Ordering::Release);
         Ok(())

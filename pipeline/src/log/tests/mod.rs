@@ -132,6 +132,37 @@ fn old_segments_go_and_the_newest_stays() {
 }
 
 #[test]
+fn a_log_goes_on_beyond_its_end_wherever_the_power_is_cut() {
+    for cut in 0..100 {
+        let disk = SimulatedDisk::new(cut);
+        let (mut log, _) = open(&disk, 100).expect("a log");
+        for salt in 0..10 {
+            append(&mut log, salt);
+            log.commit(Vec::new).expect("room");
+        }
+        assert!(log.skip_to(9).is_err(), "records would be given out twice");
+        disk.power_off_after(cut);
+        let skipped = log.skip_to(50);
+        let finished = !disk.is_off();
+        assert_eq!(skipped.is_ok(), finished, "{cut}");
+        drop(log);
+        disk.calm();
+        let disk = if finished { disk } else { disk.crash() };
+        let (mut log, _) = open(&disk, 100).expect("no gap");
+        if log.next_lsn() < 50 {
+            log.skip_to(50).expect("room");
+        }
+        assert_eq!((log.first_lsn(), append(&mut log, 7)), (50, 50), "{cut}");
+        log.commit(Vec::new).expect("room");
+        assert_eq!(all(&log).len(), 1, "{cut}");
+        if finished {
+            return;
+        }
+    }
+    panic!("it never ends");
+}
+
+#[test]
 fn dropped_records_stay_dropped_wherever_the_log_is_cut() {
     for lsn in 0..=20 {
         let disk = SimulatedDisk::new(3);
