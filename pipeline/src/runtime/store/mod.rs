@@ -337,7 +337,7 @@ mod tests {
     use std::fs;
 
     use super::*;
-    use crate::disk::simulated::SimulatedDisk;
+    use crate::disk::simulated::{Random, SimulatedDisk};
 
     /// A large state of which a tenth changes each time.
     fn large(number: u64, words: u32) -> Vec<u8> {
@@ -446,6 +446,60 @@ mod tests {
         assert_eq!(store.latest().expect("latest"), Some(checkpoint(9)));
         store.write(&checkpoint(10)).expect("written");
         assert_eq!(store.latest().expect("latest"), Some(checkpoint(10)));
+    }
+
+    /// The checkpoints of the corpus: the layouts of this version and of the one before, which must stay readable.
+    fn corpus() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus/checkpoint")
+    }
+
+    /// A checkpoint with a state of each kind.
+    fn manifest() -> Manifest {
+        let piece = |number: u64| Piece { hash: u128::from(number) << 64 | 7, length: 9, file: number, offset: 3 };
+        let nodes = [
+            ("source/a", (1, State::Small(vec![1, 2, 3]))),
+            ("pipeline/b", (2, State::Pieces(vec![piece(4), piece(5)]))),
+            ("sink/c", (3, State::Small(Vec::new()))),
+        ];
+        Manifest { number: 42, nodes: nodes.into_iter().map(|(key, node)| (key.to_owned(), node)).collect() }
+    }
+
+    #[test]
+    fn the_layout_stays_as_it_is() {
+        let kept = fs::read(corpus().join("version-2.checkpoint")).expect("the corpus");
+        assert_eq!(kept, manifest().encode());
+        let first = Manifest::decode(&fs::read(corpus().join("version-1.checkpoint")).expect("the corpus"));
+        let first = first.expect("readable");
+        assert_eq!((first.number, first.nodes.len(), first.pieces().count()), (9, 2, 0));
+    }
+
+    #[test]
+    fn no_damaged_manifest_is_read_and_none_that_was_made_up_does_harm() {
+        for entry in fs::read_dir(corpus()).expect("the corpus") {
+            let bytes = fs::read(entry.expect("an entry").path()).expect("a file");
+            for bit in 0..bytes.len() * 8 {
+                let mut flipped = bytes.clone();
+                flipped[bit / 8] ^= 1 << (bit % 8);
+                // The digit of the version alone is not under the checksum.
+                let read = Manifest::decode(&flipped);
+                assert!(read.is_err() || bit / 8 == 7, "bit {bit}");
+            }
+            let dir = tempfile::tempdir().expect("folder");
+            fs::write(dir.path().join("00000000000000000004.pieces"), [7; 100]).expect("written");
+            let mut random = Random::new(1);
+            for _ in 0..3_000 {
+                let mut made_up = bytes.clone();
+                for _ in 0..=random.below(4) {
+                    let at = 12 + random.below(made_up.len() as u64 - 12) as usize;
+                    made_up[at] = [0, 1, 0xff, random.below(256) as u8][random.below(4) as usize];
+                }
+                let crc = crc32c::crc32c(&made_up[12..]).to_le_bytes();
+                made_up[8..12].copy_from_slice(&crc);
+                fs::write(dir.path().join("00000000000000000042.checkpoint"), &made_up).expect("written");
+                let store = Store::on(Arc::new(RealDisk), dir.path(), None).expect("store");
+                let _ = store.latest().expect("a list");
+            }
+        }
     }
 
     #[test]
