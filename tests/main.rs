@@ -10,6 +10,7 @@ mod default_graph;
 mod diamond;
 mod examples;
 mod failures;
+mod history;
 mod http;
 mod live;
 mod mqtt;

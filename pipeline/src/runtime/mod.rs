@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Three pools of threads: `io` for sockets, sinks and the HTTP surface; `operators` for intake and pipelines;
-//! `query` for history.
+//! `query` for history: its queries, and the upkeep of its files.
 
 mod back_off;
 mod clock;
@@ -22,6 +22,7 @@ mod queue;
 mod reader_task;
 mod sink_task;
 mod store;
+mod upkeep_task;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
@@ -61,6 +62,7 @@ use queue::{Receiver, queue};
 use reader_task::{ARRIVALS_MAX, ReaderTask};
 use sink_task::{Running, SinkTask};
 use store::{Checkpoint, Store};
+use upkeep_task::UpkeepTask;
 
 /// How often demand is looked at even if nothing changed: the minute after a `GET` ends by itself.
 const DEMAND_EVERY: Duration = Duration::from_secs(1);
@@ -167,7 +169,7 @@ impl Starter {
         let summary = api::Summary::new(&sources, &pipelines, &sinks);
         let wanted = Wanted::new(&sources, &pipelines, &sinks);
         let (reporter, reports) = mpsc::channel(SIGNALS_MAX);
-        let mut nodes = Nodes::new(reporter);
+        let mut nodes = Nodes::new(reporter, &self.history);
         let source_status: Vec<_> =
             sources.iter().map(|s| self.status.node(NodeKind::Source, &s.name, &s.type_name)).collect();
 
@@ -340,6 +342,9 @@ impl Starter {
                 let mut reader = state.map(StateReader::new);
                 staging.restore(self.restored.number, reader.as_mut()).map_err(|e| e.context(&key))?;
                 nodes.commits.insert(key.clone(), commit.clone());
+                if let Some(upkeep) = staging.upkeep() {
+                    nodes.upkeep.add(upkeep, &status);
+                }
                 Running::Staging(staging)
             }
             Sink::Outbox(outbox_sink, limits) => {
@@ -478,6 +483,7 @@ struct Nodes {
     pipelines: Vec<PipelineTask>,
     sinks: Vec<SinkTask>,
     deliveries: Vec<DeliveryTask>,
+    upkeep: UpkeepTask,
     /// Each source holds a clone until it has tried to connect.
     trying: watch::Sender<()>,
 }
@@ -493,9 +499,10 @@ struct Started {
 }
 
 impl Nodes {
-    fn new(reporter: mpsc::Sender<Report>) -> Self {
+    fn new(reporter: mpsc::Sender<Report>, history: &Arc<History>) -> Self {
         Self {
             reporter,
+            upkeep: UpkeepTask::new(Arc::clone(history)),
             outlets: Outlets::default(),
             fingerprints: BTreeMap::new(),
             controls: Vec::new(),
@@ -530,6 +537,7 @@ impl Nodes {
         for task in self.pipelines {
             operators.spawn(watched(task.key.clone(), self.reporter.clone(), task.run()));
         }
+        tokio::spawn(self.upkeep.run());
         let mut readers = Vec::new();
         for (intake, reader) in self.sources {
             let key = intake.key.clone();
