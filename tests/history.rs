@@ -27,17 +27,23 @@ const ROWS: u64 = (FILES * HOURS) as u64;
 
 /// The published files of a table, by path.
 fn published(folder: &Path, table: &str) -> Vec<PathBuf> {
-    let (mut found, mut open) = (Vec::new(), vec![folder.join("history").join(table)]);
+    let mut found = files_below(folder.join("history").join(table));
+    found.sort();
+    found
+}
+
+/// All files in a folder and those in it, hidden ones too, as they are come across.
+fn files_below(folder: PathBuf) -> Vec<PathBuf> {
+    let (mut found, mut open) = (Vec::new(), vec![folder]);
     while let Some(folder) = open.pop() {
         for entry in fs::read_dir(folder).into_iter().flatten() {
-            let path = entry.expect("an entry").path();
-            match path.is_dir() {
-                true => open.push(path),
-                false => found.push(path),
+            let entry = entry.expect("an entry");
+            match entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                true => open.push(entry.path()),
+                false => found.push(entry.path()),
             }
         }
     }
-    found.sort();
     found
 }
 
@@ -69,10 +75,11 @@ fn expected() -> String {
     format!("c,s\n{ROWS},{}\n", ROWS * (ROWS + 1) / 2)
 }
 
-/// Counts as a reader of Parquet does that lists a glob and then opens each file; an error is no count.
+/// Counts as a reader of Parquet does that lists `history/**/*.parquet` and then opens each file; an error is no count.
 fn counted(folder: &Path) -> Result<u64, String> {
     let mut rows = 0;
-    for path in published(folder, "rows") {
+    let is_parquet = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "parquet");
+    for path in files_below(folder.join("history")).into_iter().filter(is_parquet) {
         let file = File::open(path).map_err(|e| e.to_string())?;
         let footer = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| e.to_string())?;
         rows += footer.metadata().file_metadata().num_rows() as u64;
@@ -136,7 +143,7 @@ fn closed_hours_are_merged_beside_queries_from_everywhere_and_removed_in_time() 
 #[test]
 fn a_kill_while_hours_are_merged_costs_nothing() {
     let scratch = old_hours();
-    let swap = scratch.path().join("history/.swap/rows");
+    let swap = scratch.path().join(".history.swap/rows");
     scratch.write("pipelines.yaml", &format!("server: {{listen: 127.0.0.1:{}}}\n{GRAPH}", free_port()));
     let mut kills = 0;
     while !is_merged(scratch.path()) {
@@ -156,7 +163,7 @@ fn a_kill_while_hours_are_merged_costs_nothing() {
     }
     assert!(kills > 1, "all hours were merged at once");
     let program = Program::start_in(scratch, free_port(), GRAPH);
-    assert_eq!(fs::read_dir(program.scratch.path().join("history/.swap")).expect("a folder").count(), 0);
+    assert!(!program.scratch.path().join(".history.swap").exists());
     let scratch = program.stop();
     assert_eq!((queried(scratch.path()), counted(scratch.path())), (expected(), Ok(ROWS)));
 }

@@ -20,10 +20,8 @@ pub const HOUR: &str = "hh";
 /// Folder beside the tables with files that are durable but not published. Their names do not end in `.parquet`.
 pub const STAGE_FOLDER: &str = ".stage";
 
-/// Folder beside the tables in which an hour is built anew, and in which the files that it replaced stay for a while, so
-/// that a query that has listed them still finds them: `FOLDER/.swap/TABLE/dt=…/hh=…`. Hours that are too old go
-/// through it too.
-pub const SWAP_FOLDER: &str = ".swap";
+/// Put after a dot, and after the name of the folder where it lies beside that.
+const SWAP: &str = "swap";
 
 const HOUR_US: i64 = 3_600_000_000;
 
@@ -104,18 +102,34 @@ fn is_published(name: &str) -> bool {
     name.ends_with(".parquet") && !name.starts_with(['.', '_'])
 }
 
-/// Where a published file, or an hour folder, lies after another hour folder has taken its place: the same below
-/// [`SWAP_FOLDER`]. `None` if `path` is not below a table.
-pub fn swapped(folder: &Path, path: &Path) -> Option<PathBuf> {
-    Some(folder.join(SWAP_FOLDER).join(path.strip_prefix(folder).ok()?))
+/// `.NAME.swap` beside the history folder `folder`, which is a real path: the folder in which an hour is built anew, and in
+/// which the files that it replaced stay for a while, so that a query that has listed them still finds them:
+/// `.NAME.swap/TABLE/dt=…/hh=…`. Hours that are too old go through it too. A reader that takes all files of `folder` for
+/// the history does not come across it. `None` if there is nothing beside `folder`.
+pub fn swap_beside(folder: &Path) -> Option<PathBuf> {
+    let name = folder.file_name()?.to_str()?;
+    Some(folder.with_file_name(format!(".{name}.{SWAP}")))
+}
+
+/// `.swap` in the history folder `folder`, which serves where [`swap_beside`] cannot.
+pub fn swap_inside(folder: &Path) -> PathBuf {
+    folder.join(format!(".{SWAP}"))
+}
+
+/// Where a published file may lie after another hour folder has taken the place of its own. Nowhere if `path` is not below
+/// a table.
+pub(super) fn swapped(folder: &Path, path: &Path) -> impl Iterator<Item = PathBuf> {
+    let within = path.strip_prefix(folder).map(Path::to_owned).ok();
+    let swaps = swap_beside(folder).into_iter().chain([swap_inside(folder)]);
+    swaps.filter_map(move |swap| Some(swap.join(within.as_ref()?)))
 }
 
 /// The facts of the file system about a published file of the table in `table`, where it is or where it was swapped to.
 pub(super) fn metadata(table: &Path, path: &Path) -> io::Result<fs::Metadata> {
     match fs::metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            let swapped = table.parent().and_then(|folder| swapped(folder, path)).ok_or(error)?;
-            fs::metadata(swapped)
+            let mut elsewhere = table.parent().into_iter().flat_map(|folder| swapped(folder, path));
+            elsewhere.find_map(|path| fs::metadata(path).ok()).ok_or(error)
         }
         found => found,
     }
@@ -185,14 +199,17 @@ mod tests {
 
     #[test]
     fn an_hour_tells_its_end_and_where_it_is_swapped_to() {
-        let folder = Path::new("/h");
+        let folder = Path::new("/a/h");
         let path = folder.join("t").join(hour_folder(parse_us("2026-11-20T23:10:00Z").expect("a time")));
         let (day, hour) = day_and_hour(parse_us("2026-11-20T23:10:00Z").expect("a time"));
         let hour = HourFolder { day, hour, path };
         assert_eq!(hour.end_us(), parse_us("2026-11-21T00:00:00Z").expect("a time"));
-        let swapped_to = Path::new("/h/.swap/t/dt=2026-11-20/hh=23");
-        assert_eq!(swapped(folder, &hour.path).as_deref(), Some(swapped_to));
-        assert_eq!(swapped(Path::new("/other"), &hour.path), None);
+        let to = |folder: &str| swapped(Path::new(folder), &hour.path).collect::<Vec<_>>();
+        let expected =
+            ["/a/.h.swap/t/dt=2026-11-20/hh=23", "/a/h/.swap/t/dt=2026-11-20/hh=23"].map(PathBuf::from).to_vec();
+        assert_eq!(to("/a/h"), expected);
+        assert_eq!(to("/other"), [PathBuf::new(); 0]);
+        assert_eq!(to("/"), [PathBuf::from("/.swap/a/h/t/dt=2026-11-20/hh=23")]);
     }
 
     #[test]

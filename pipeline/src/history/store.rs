@@ -32,14 +32,12 @@ impl FilesStore {
         Self { local: Arc::new(LocalFileSystem::new()), folders: folders.map(real_folder).collect() }
     }
 
-    /// Where a file that is not in its place may be.
-    fn swapped(&self, location: &StorePath, error: Error) -> Result<StorePath> {
-        if !matches!(error, Error::NotFound { .. }) {
-            return Err(error);
-        }
-        let path = self.local.path_to_filesystem(location)?;
-        let elsewhere = self.folders.iter().find_map(|folder| swapped(folder, &path));
-        elsewhere.and_then(|path| store_path(&path).ok()).ok_or(error)
+    /// Where a file may be that `error` says is not in its place; nowhere after another error or none.
+    fn elsewhere(&self, location: &StorePath, error: Option<&Error>) -> Vec<StorePath> {
+        let Some(Error::NotFound { .. }) = error else { return Vec::new() };
+        let Ok(path) = self.local.path_to_filesystem(location) else { return Vec::new() };
+        let swapped = self.folders.iter().flat_map(|folder| swapped(folder, &path));
+        swapped.filter_map(|path| store_path(&path).ok()).collect()
     }
 
     fn read_only<T>(&self) -> Result<T> {
@@ -56,17 +54,25 @@ impl fmt::Display for FilesStore {
 #[async_trait]
 impl ObjectStore for FilesStore {
     async fn get_opts(&self, location: &StorePath, options: GetOptions) -> Result<GetResult> {
-        match self.local.get_opts(location, options.clone()).await {
-            Err(error) => self.local.get_opts(&self.swapped(location, error)?, options).await,
-            found => found,
+        let found = self.local.get_opts(location, options.clone()).await;
+        for elsewhere in self.elsewhere(location, found.as_ref().err()) {
+            let again = self.local.get_opts(&elsewhere, options.clone()).await;
+            if again.is_ok() {
+                return again;
+            }
         }
+        found
     }
 
     async fn get_ranges(&self, location: &StorePath, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
-        match self.local.get_ranges(location, ranges).await {
-            Err(error) => self.local.get_ranges(&self.swapped(location, error)?, ranges).await,
-            found => found,
+        let found = self.local.get_ranges(location, ranges).await;
+        for elsewhere in self.elsewhere(location, found.as_ref().err()) {
+            let again = self.local.get_ranges(&elsewhere, ranges).await;
+            if again.is_ok() {
+                return again;
+            }
         }
+        found
     }
 
     fn list(&self, prefix: Option<&StorePath>) -> BoxStream<'static, Result<ObjectMeta>> {
@@ -105,17 +111,20 @@ mod tests {
     async fn a_file_that_was_swapped_is_read_on_and_one_that_is_gone_is_not_found() {
         let scratch = tempfile::tempdir().expect("a folder");
         let folder = scratch.path().join("my history #1 é");
-        let (table, swapped) = (folder.join("t/dt=2026-11-20/hh=12"), folder.join(".swap/t/dt=2026-11-20/hh=12"));
+        let table = folder.join("t/dt=2026-11-20/hh=12");
         std::fs::create_dir_all(&table).expect("folders");
-        std::fs::create_dir_all(&swapped).expect("folders");
-        std::fs::write(table.join("a"), "in its place").expect("a file");
         let store = FilesStore::new([folder.as_path()].into_iter());
         let location = store_path(&table.join("a")).expect("a path");
-        std::fs::rename(table.join("a"), swapped.join("a")).expect("swapped");
-        let whole = store.get(&location).await.expect("opened").bytes().await.expect("read");
-        assert_eq!(whole, "in its place");
-        assert_eq!(store.get_ranges(&location, &[3..6, 7..12]).await.expect("read"), ["its", "place"]);
-        std::fs::remove_file(swapped.join("a")).expect("removed");
+        for swap in [scratch.path().join(".my history #1 é.swap"), folder.join(".swap")] {
+            let swapped = swap.join("t/dt=2026-11-20/hh=12");
+            std::fs::create_dir_all(&swapped).expect("folders");
+            std::fs::write(table.join("a"), "in its place").expect("a file");
+            std::fs::rename(table.join("a"), swapped.join("a")).expect("swapped");
+            let whole = store.get(&location).await.expect("opened").bytes().await.expect("read");
+            assert_eq!(whole, "in its place");
+            assert_eq!(store.get_ranges(&location, &[3..6, 7..12]).await.expect("read"), ["its", "place"]);
+            std::fs::remove_file(swapped.join("a")).expect("removed");
+        }
         for error in [store.get(&location).await.map(drop), store.get_ranges(&location, &[3..6, 7..12]).await.map(drop)]
         {
             assert!(matches!(error, Err(Error::NotFound { .. })), "{error:?}");

@@ -197,7 +197,9 @@ pub(super) fn is_full(error: &Error) -> bool {
 /// Removes a folder with all that is in it; fine if it is not there.
 pub(super) fn remove_folder(folder: &Path) -> Result<()> {
     match fs::remove_dir_all(folder) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(failed("remove", folder)(error)),
+        Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            Err(failed("remove", folder)(error))
+        }
         _ => Ok(()),
     }
 }

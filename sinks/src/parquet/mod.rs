@@ -7,6 +7,7 @@ mod merge;
 mod names;
 mod open;
 mod state;
+mod swap;
 #[cfg(test)]
 mod tests;
 mod upkeep;
@@ -58,10 +59,12 @@ Exactly once, through `kill -9` at any instruction. Rows are written to `PATH/.s
 files named in a checkpoint, and after it renamed into place. Rows not worth a file yet are in the checkpoint itself.
 A final or revised row is kept as it comes, a partial one is not.
 
-Merging builds the hour anew in `PATH/.swap`, then exchanges the two folders in one instant; the old files stay there for
-a minute. A query sees the files from before or from after, never both; `pipeline query` needs no lock for it. Another
-reader of Parquet, too, sees one set or the other, or finds that a file it has listed is no longer there: an error, and it
-must list anew. Name a pipeline's folder to such a reader, not `PATH`, which holds `.swap` as well.
+Merging builds the hour anew beside `PATH`, in `.NAME.swap` for a folder NAME, then exchanges the two folders in one
+instant; the old files stay there for a minute. A query sees the files from before or from after, never both;
+`pipeline query` needs no lock for it. Another reader of Parquet, too, sees one set or the other, or finds that a file it
+has listed is no longer there: an error, and it must list anew. Where nothing can be moved to the folder beside (`PATH` is
+a mount point, or its parent may not be written) merging takes `PATH/.swap` and logs it: name a pipeline's folder to other
+readers then, for one that goes through all of `PATH` may count rows twice.
 
 A start that cannot read the newest checkpoint goes on from one before it. Files that were published since are moved to
 `PATH/.aside`, with a warning that names them, for their rows come again. Only files that no kept checkpoint can make come
@@ -252,7 +255,7 @@ impl StagingSink for ParquetSink {
         *self.shared.ledger() = ledger;
         self.publish(checkpoint)?;
         file::remove_stale(&self.stage_folder(), &self.name)?;
-        upkeep::clean(&self.root, &metrics)?;
+        swap::clean(&self.root, &metrics)?;
         for open in restored.open {
             self.take_back(open)?;
         }
@@ -269,6 +272,8 @@ impl ParquetSink {
     pub fn new(config: &ParquetConfig, cx: SinkContext) -> Result<Self> {
         let root = cx.folder.join(&config.path.value);
         file::create_folder(&root.join(STAGE_FOLDER))?;
+        // A folder that is found through a link has its neighbours elsewhere.
+        let root = std::fs::canonicalize(&root).map_err(file::failed("look at", &root))?;
         let shared = Arc::new(Shared::default());
         let mut tails = cx.tails.into_iter();
         let mut inputs = Vec::with_capacity(cx.inputs.len());

@@ -1,6 +1,6 @@
 //! Looks after the published files of closed hours: merges small ones, and removes hours that are too old.
 //!
-//! An hour is merged by building it anew beside the tables, in [`SWAP_FOLDER`], and then exchanging the two folders in one
+//! An hour is merged by building it anew outside the tables (see [`super::swap`]) and then exchanging the two folders in one
 //! instant. A reader finds the old files, or the new ones, or, when it opens a file that it had listed before, no file:
 //! an error. The old files stay for a while where the new ones were built, so that whoever was listing them sees all or none,
 //! and our own queries go on with them. Whatever lies there when the process starts is of no use any more: the tables
@@ -15,7 +15,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pipeline::error::{Error, Result};
-use pipeline::history::files::{self, HourFolder, SWAP_FOLDER};
+use pipeline::history::files::{self, HourFolder};
 use pipeline::plugin::{Upkeep, Upkept};
 use tracing::{debug, warn};
 
@@ -23,6 +23,7 @@ use super::file::{self, failed};
 use super::ledger::Ledger;
 use super::merge::{self, Source};
 use super::names::FileName;
+use super::swap;
 
 /// Size that merged files come near to: few enough to list, and large enough to read at full speed.
 const TARGET_BYTES: u64 = 128 << 20;
@@ -84,12 +85,24 @@ pub(super) struct Work {
     later: Vec<(String, HourFolder)>,
     /// The first failure of this round.
     failed: Option<Error>,
-    /// Folders in [`SWAP_FOLDER`] that wait to be removed, by the name they had in the tables.
-    retired: Vec<(PathBuf, Instant)>,
+    /// Folders that wait to be removed.
+    retired: Vec<Retired>,
+    /// The folder in which hours are built anew and kept; chosen when it is needed first.
+    swap: Option<PathBuf>,
     /// No merging before this, for want of room.
     room_after_us: i64,
     /// Folders cannot be exchanged here.
     off: bool,
+}
+
+/// A folder that is out of its table.
+#[derive(Debug)]
+struct Retired {
+    /// Its place in the table.
+    hour: PathBuf,
+    /// Where it lies.
+    kept: PathBuf,
+    since: Instant,
 }
 
 /// What became of an hour.
@@ -186,7 +199,7 @@ impl HistoryUpkeep {
     }
 
     fn look_at(&self, metric: &str, hour: &HourFolder, now_us: i64, work: &mut Work) -> Result<Seen> {
-        if work.retired.iter().any(|(path, _)| *path == hour.path) {
+        if work.retired.iter().any(|retired| retired.hour == hour.path) {
             return Ok(Seen::Later);
         }
         if self.keep_us.is_some_and(|keep_us| now_us.saturating_sub(keep_us) >= hour.end_us()) {
@@ -239,7 +252,7 @@ impl HistoryUpkeep {
 
     /// Builds the hour anew and exchanges the two.
     fn merge(&self, metric: &str, hour: &HourFolder, sources: &[Source], work: &mut Work) -> Result<Seen> {
-        let built = self.swap_path(&hour.path)?;
+        let built = self.swap_path(&hour.path, work)?;
         file::remove_folder(&built)?;
         file::create_folder(&built)?;
         self.point();
@@ -255,6 +268,7 @@ impl HistoryUpkeep {
             result => {
                 // It would be removed at the next start anyway; until then it only takes room.
                 file::remove_folder(&built)?;
+                self.tidy(&built, work);
                 result?;
                 return Ok(if work.off { Seen::Fine } else { Seen::Later });
             }
@@ -262,7 +276,7 @@ impl HistoryUpkeep {
         let from = sources.len() as u64;
         self.shared.fewer(from - into);
         self.point();
-        sync_parents(&hour.path, &built)?;
+        swap::sync_parents(&hour.path, &built)?;
         self.point();
         Ok(Seen::Merged(from, into))
     }
@@ -286,7 +300,7 @@ impl HistoryUpkeep {
             return Ok(false);
         }
         if file::exchange(built, &hour.path).map_err(failed("exchange", &hour.path))? {
-            work.retired.push((hour.path.clone(), Instant::now()));
+            work.retired.push(Retired { hour: hour.path.clone(), kept: built.to_owned(), since: Instant::now() });
             return Ok(true);
         }
         work.off = true;
@@ -297,9 +311,9 @@ impl HistoryUpkeep {
         Ok(false)
     }
 
-    /// Takes an hour out of its table; it is removed when its time in [`SWAP_FOLDER`] is over.
+    /// Takes an hour out of its table; it is removed when its time is over.
     fn expire(&self, hour: &HourFolder, work: &mut Work) -> Result<Seen> {
-        let retired = self.swap_path(&hour.path)?;
+        let retired = self.swap_path(&hour.path, work)?;
         file::remove_folder(&retired)?;
         file::create_folder(retired.parent().unwrap_or(&self.root))?;
         self.point();
@@ -313,7 +327,7 @@ impl HistoryUpkeep {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Seen::Fine),
             result => result.map_err(failed("move", &hour.path))?,
         }
-        work.retired.push((hour.path.clone(), Instant::now()));
+        work.retired.push(Retired { hour: hour.path.clone(), kept: retired, since: Instant::now() });
         self.shared.fewer(files.len() as u64);
         self.point();
         // The day goes with its last hour.
@@ -327,43 +341,35 @@ impl HistoryUpkeep {
 
     /// Removes what has been out of the tables for long enough.
     fn discard(&self, work: &mut Work) -> Result<()> {
-        while let Some(position) = work.retired.iter().position(|(_, since)| since.elapsed() >= self.grace) {
-            let path = work.retired[position].0.clone();
-            let retired = self.swap_path(&path)?;
+        while let Some(position) = work.retired.iter().position(|retired| retired.since.elapsed() >= self.grace) {
+            let Retired { hour, kept, .. } = &work.retired[position];
             // What takes its place must be durable first.
-            sync_parents(&path, &retired)?;
+            swap::sync_parents(hour, kept)?;
             self.point();
-            file::remove_folder(&retired)?;
+            file::remove_folder(kept)?;
+            self.tidy(kept, work);
             work.retired.remove(position);
             self.point();
         }
         Ok(())
     }
 
-    fn swap_path(&self, hour: &Path) -> Result<PathBuf> {
-        files::swapped(&self.root, hour).ok_or_else(|| Error::internal("an hour outside its folder"))
+    /// Where an hour is built anew, and kept.
+    fn swap_path(&self, hour: &Path, work: &mut Work) -> Result<PathBuf> {
+        let swap = match work.swap.take() {
+            Some(swap) => swap,
+            None => swap::choose(&self.sink, &self.root)?,
+        };
+        let within = hour.strip_prefix(&self.root);
+        let path = within.map(|within| swap.join(within));
+        work.swap = Some(swap);
+        path.map_err(|e| Error::internal("an hour outside its folder").because(e))
     }
-}
 
-/// Removes what an earlier process has left in [`SWAP_FOLDER`] of these tables.
-pub(super) fn clean(root: &Path, metrics: &[String]) -> Result<()> {
-    for metric in metrics {
-        let left = root.join(SWAP_FOLDER).join(metric);
-        for hour in files::hours(&left).map_err(failed("list", &left))? {
-            // Whether it was exchanged or not: what lies in the table now must outlive what is removed here.
-            let table = hour.path.strip_prefix(root.join(SWAP_FOLDER)).map(|within| root.join(within));
-            sync_parents(&table.unwrap_or_else(|_| root.to_owned()), &hour.path)?;
+    /// Leaves no empty folders where `kept` was.
+    fn tidy(&self, kept: &Path, work: &Work) {
+        if let Some(swap) = &work.swap {
+            swap::remove_empty(swap, kept);
         }
-        file::remove_folder(&left)?;
     }
-    Ok(())
-}
-
-/// Makes an exchange or a rename durable: the names in both parent folders, or in what is left of them.
-fn sync_parents(one: &Path, other: &Path) -> Result<()> {
-    for path in [one, other] {
-        let there = path.ancestors().skip(1).find(|folder| folder.is_dir());
-        there.map_or(Ok(()), file::sync_folder)?;
-    }
-    Ok(())
 }

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use arrow::array::new_null_array;
 use arrow::datatypes::DataType;
-use pipeline::history::files::SWAP_FOLDER;
+use pipeline::history::files::{swap_beside, swap_inside};
 use pipeline::plugin::Upkept;
 
 use super::*;
@@ -63,9 +63,9 @@ impl House {
         self.files("load").into_iter().map(name).collect()
     }
 
-    /// Every file and folder below one that is beside the tables.
-    fn beside(&self, folder: &str) -> Vec<PathBuf> {
-        let (mut found, mut open) = (Vec::new(), vec![self.root().join(folder)]);
+    /// Every file and folder below these.
+    fn below(&self, mut open: Vec<PathBuf>) -> Vec<PathBuf> {
+        let mut found = Vec::new();
         while let Some(folder) = open.pop() {
             for entry in fs::read_dir(folder).into_iter().flatten() {
                 let path = entry.expect("an entry").path();
@@ -78,7 +78,17 @@ impl House {
     }
 
     fn swapped_files(&self) -> Vec<PathBuf> {
-        self.beside(SWAP_FOLDER).into_iter().filter(|path| path.is_file()).collect()
+        self.swapped().into_iter().filter(|path| path.is_file()).collect()
+    }
+
+    /// Every file and folder where hours are built anew.
+    fn swapped(&self) -> Vec<PathBuf> {
+        self.below(vec![self.swap(), swap_inside(&self.root())])
+    }
+
+    /// The folder that is used as a rule.
+    fn swap(&self) -> PathBuf {
+        swap_beside(&self.root()).expect("a parent")
     }
 }
 
@@ -282,7 +292,7 @@ fn a_full_disk_is_waited_for() {
         publish(&mut sink, checkpoint, at(0), [checkpoint as i64]);
     }
     settle(&mut sink, 5);
-    let built = house.root().join(SWAP_FOLDER).join("load").join(hour_folder(at(0)));
+    let built = house.swap().join("load").join(hour_folder(at(0)));
     let full = AtomicBool::new(true);
     let keeper = HistoryUpkeep {
         crash_point: Box::new(move || {
@@ -323,6 +333,31 @@ fn where_folders_cannot_be_exchanged_nothing_is_merged() {
     for _ in 0..2 {
         assert_eq!(work(&keeper, at(1)).expect("no failure").merged_hours, 0);
         assert_eq!((house.swapped_files(), house.published("load")), (vec![], vec![1, 2, 3, 4]));
+    }
+}
+
+#[test]
+fn where_nothing_can_be_moved_beside_the_folder_hours_are_merged_in_it() {
+    let elsewhere = TempDir::new_in("/dev/shm").expect("another file system");
+    for is_mounted in [false, true] {
+        let (mut house, state) = six_files(false);
+        // What a mount point says to a move, and what a parent says that cannot be written.
+        match is_mounted {
+            true => std::os::unix::fs::symlink(elsewhere.path(), house.swap()).expect("a link"),
+            false => fs::write(house.swap(), "in the way").expect("a file"),
+        }
+        let inside = swap_inside(&house.root());
+        let mut sink = house.start(Some((7, &state)));
+        let state = settle(&mut sink, 8);
+        let (history, sql) = (house.history(), "SELECT count(*) AS c, sum(n) AS s FROM load");
+        let keeper = HistoryUpkeep { grace: std::time::Duration::from_secs(3600), ..sink.history_upkeep() };
+        assert_eq!(work(&keeper, at(2)).expect("merged").merged_hours, 2);
+        let kept: Vec<_> = house.swapped_files();
+        assert!(kept.len() == 6 && kept.iter().all(|path| path.starts_with(&inside)), "{kept:?}");
+        assert_eq!((query(&history, sql), house.published("load")), ("c,s\n6,21\n".into(), vec![1, 2, 3, 4, 5, 6]));
+        house.start(Some((8, &state)));
+        assert!(!inside.exists() && fs::read_dir(elsewhere.path()).expect("a folder").count() == 0);
+        assert_eq!(house.published("load"), [1, 2, 3, 4, 5, 6]);
     }
 }
 
@@ -369,7 +404,7 @@ fn a_crash_at_any_point_of_merging_or_removing_leaves_the_history_whole() {
             drop((keeper, sink));
             let mut sink = house.start(Some((8, &state)));
             assert!(may_be(&house.published("load")), "{crashes}: {:?}", house.published("load"));
-            assert_eq!(house.beside(SWAP_FOLDER).iter().filter(|path| path.is_file()).count(), 0, "{crashes}");
+            assert_eq!(house.swapped(), [PathBuf::new(); 0], "{crashes}");
             settle(&mut sink, 9);
             work(&upkeep(&sink), at(2)).expect("merged");
             let expected = if keep { vec![4, 5, 6] } else { vec![1, 2, 3, 4, 5, 6] };
@@ -416,7 +451,7 @@ fn going_back_to_an_older_checkpoint_moves_newer_files_aside() {
     }
     drop(sink);
     let aside = |house: &House| -> Vec<PathBuf> {
-        house.beside(ASIDE_FOLDER).into_iter().filter(|path| path.is_file()).collect()
+        house.below(vec![house.root().join(ASIDE_FOLDER)]).into_iter().filter(|path| path.is_file()).collect()
     };
     let place = |house: &House, hours, name: &str| {
         house.root().join(ASIDE_FOLDER).join("load").join(hour_folder(at(hours))).join(name)
@@ -540,16 +575,18 @@ fn a_crash_back_to_any_kept_checkpoint_beside_merging_keeps_every_row_once() {
     }
 }
 
-/// Reads as DuckDB does: lists all files of the glob first, then opens each. An error is no count.
-fn count_by_glob(table: &Path) -> std::result::Result<(usize, i64), String> {
-    let (mut paths, mut open) = (Vec::new(), vec![table.to_owned()]);
+/// Reads as DuckDB does: lists all files of `FOLDER/**/*.parquet` first, in hidden folders too, then opens each. An error is
+/// no count.
+fn count_by_glob(folder: &Path) -> std::result::Result<(usize, i64), String> {
+    let (mut paths, mut open) = (Vec::new(), vec![folder.to_owned()]);
     while let Some(folder) = open.pop() {
         for entry in fs::read_dir(&folder).map_err(|e| e.to_string())? {
-            let path = entry.map_err(|e| e.to_string())?.path();
-            if path.extension().is_some_and(|extension| extension == "parquet") {
-                paths.push(path);
-            } else {
+            let entry = entry.map_err(|e| e.to_string())?;
+            let path = entry.path();
+            if entry.file_type().map_err(|e| e.to_string())?.is_dir() {
                 open.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "parquet") {
+                paths.push(path);
             }
         }
     }
@@ -605,11 +642,11 @@ fn readers_beside_merging_count_every_row_once_or_fail() {
         merged
     });
     let globbing = std::thread::spawn({
-        let table = table.clone();
+        let root = house.root();
         move || {
             let (mut counts, mut failures) = (0, 0);
             loop {
-                match count_by_glob(&table) {
+                match count_by_glob(&root) {
                     Ok(found) => {
                         assert_eq!(found, expected);
                         counts += 1;
@@ -642,5 +679,5 @@ fn readers_beside_merging_count_every_row_once_or_fail() {
     done.store(true, SeqCst);
     looking.join().expect("always there");
     let (counts, failures) = globbing.join().expect("counted");
-    assert_eq!(count_by_glob(&table), Ok(expected), "{queries} queries, {counts} counts, {failures} failures");
+    assert_eq!(count_by_glob(&house.root()), Ok(expected), "{queries} queries, {counts} counts, {failures} failures");
 }
