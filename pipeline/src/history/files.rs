@@ -11,6 +11,7 @@ use chrono::{DateTime, NaiveDate, Utc};
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 
 use crate::batch::with_hidden_columns;
+use crate::disk::{Disk, Entry};
 use crate::error::{Error, Result};
 
 /// Column with the UTC day of publishing, read from the folder's name.
@@ -44,10 +45,14 @@ impl HourFolder {
 
     /// Its published files, by name.
     pub fn files(&self) -> io::Result<Vec<HistoryFile>> {
-        let files = entries(&self.path)?.into_iter().filter(|(name, _)| is_published(name));
+        Ok(self.files_of(entries(&self.path)?))
+    }
+
+    fn files_of(&self, entries: Entries) -> Vec<HistoryFile> {
+        let files = entries.into_iter().filter(|(name, _)| is_published(name));
         let mut files: Vec<_> = files.map(|(_, path)| HistoryFile { day: self.day, hour: self.hour, path }).collect();
         files.sort_unstable();
-        Ok(files)
+        files
     }
 }
 
@@ -84,8 +89,24 @@ pub fn list(table: &Path) -> io::Result<Vec<HistoryFile>> {
     Ok(files)
 }
 
+/// As [`list`], on any disk.
+pub fn list_on(disk: &dyn Disk, table: &Path) -> io::Result<Vec<HistoryFile>> {
+    let mut files = Vec::new();
+    for hour in hours_by(table, &|folder| entries_on(disk, folder))? {
+        files.extend(hour.files_of(entries_on(disk, &hour.path)?));
+    }
+    Ok(files)
+}
+
 /// All hour folders of a table, oldest first.
 pub fn hours(table: &Path) -> io::Result<Vec<HourFolder>> {
+    hours_by(table, &entries)
+}
+
+/// Names and paths in a folder.
+type Entries = Vec<(String, PathBuf)>;
+
+fn hours_by(table: &Path, entries: &dyn Fn(&Path) -> io::Result<Entries>) -> io::Result<Vec<HourFolder>> {
     let mut hours = Vec::new();
     for (name, path) in entries(table)? {
         let Some(day) = name.strip_prefix("dt=").and_then(parse_day) else { continue };
@@ -136,12 +157,21 @@ pub(super) fn metadata(table: &Path, path: &Path) -> io::Result<fs::Metadata> {
 }
 
 /// Names and paths in a folder; none if it is not there (any more) or is no folder.
-fn entries(folder: &Path) -> io::Result<Vec<(String, PathBuf)>> {
+fn entries(folder: &Path) -> io::Result<Entries> {
     let named = |entry: DirEntry| Some((entry.file_name().into_string().ok()?, entry.path()));
-    match fs::read_dir(folder) {
-        Ok(entries) => entries.filter_map(|entry| entry.map(named).transpose()).collect(),
+    let listed = fs::read_dir(folder);
+    none_if_gone(listed.and_then(|entries| entries.filter_map(|entry| entry.map(named).transpose()).collect()))
+}
+
+fn entries_on(disk: &dyn Disk, folder: &Path) -> io::Result<Entries> {
+    let named = |entry: Entry| (entry.name.clone(), folder.join(entry.name));
+    none_if_gone(disk.list(folder).map(|entries| entries.into_iter().map(named).collect()))
+}
+
+fn none_if_gone(listed: io::Result<Entries>) -> io::Result<Entries> {
+    match listed {
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(Vec::new()),
-        Err(error) => Err(error),
+        listed => listed,
     }
 }
 
@@ -208,7 +238,7 @@ mod tests {
         let expected =
             ["/a/.h.swap/t/dt=2026-11-20/hh=23", "/a/h/.swap/t/dt=2026-11-20/hh=23"].map(PathBuf::from).to_vec();
         assert_eq!(to("/a/h"), expected);
-        assert_eq!(to("/other"), [PathBuf::new(); 0]);
+        assert!(to("/other").is_empty());
         assert_eq!(to("/"), [PathBuf::from("/.swap/a/h/t/dt=2026-11-20/hh=23")]);
     }
 

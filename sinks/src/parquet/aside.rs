@@ -1,8 +1,8 @@
 //! Going on from a checkpoint that is not the newest: what later ones had published is taken out of the tables.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
+use pipeline::disk::Disk;
 use pipeline::error::{Error, Result};
 use pipeline::history::files::{self, HistoryFile};
 use tracing::warn;
@@ -22,10 +22,10 @@ const SUFFIX: &str = ".aside";
 const NAMED_MAX: usize = 20;
 
 /// The highest checkpoint number of the files of `sink` in these tables.
-pub(super) fn highest_number(root: &Path, sink: &str, metrics: &[String]) -> Result<u64> {
+pub(super) fn highest_number(disk: &dyn Disk, root: &Path, sink: &str, metrics: &[String]) -> Result<u64> {
     let mut highest = 0;
     for metric in metrics {
-        for file in list(&root.join(metric))? {
+        for file in list(disk, &root.join(metric))? {
             highest = highest.max(FileName::read(sink, &file.path).map_or(0, |name| name.last));
         }
     }
@@ -33,10 +33,16 @@ pub(super) fn highest_number(root: &Path, sink: &str, metrics: &[String]) -> Res
 }
 
 /// Moves files of `sink` that checkpoints after the restored one have published to [`ASIDE_FOLDER`]. Returns how many.
-pub(super) fn take_back(root: &Path, sink: &str, metrics: &[String], ledger: &Ledger) -> Result<usize> {
+pub(super) fn take_back(
+    disk: &dyn Disk,
+    root: &Path,
+    sink: &str,
+    metrics: &[String],
+    ledger: &Ledger,
+) -> Result<usize> {
     let mut newer = Vec::new();
     for metric in metrics {
-        for file in list(&root.join(metric))? {
+        for file in list(disk, &root.join(metric))? {
             let Some(name) = FileName::read(sink, &file.path).filter(|name| ledger.is_newer(name.last)) else {
                 continue;
             };
@@ -57,10 +63,10 @@ pub(super) fn take_back(root: &Path, sink: &str, metrics: &[String], ledger: &Le
     let mut changed: Vec<&Path> = newer.iter().filter_map(|path| path.parent()).collect();
     changed.dedup();
     for path in &newer {
-        move_aside(root, path)?;
+        move_aside(disk, root, path)?;
     }
     for folder in changed {
-        file::sync_folder(folder)?;
+        file::sync_folder(disk, folder)?;
     }
     let names: Vec<_> = newer.iter().take(NAMED_MAX).map(|path| path.display().to_string()).collect();
     let more = if newer.len() > NAMED_MAX { ", …" } else { "" };
@@ -75,19 +81,20 @@ pub(super) fn take_back(root: &Path, sink: &str, metrics: &[String], ledger: &Le
     Ok(newer.len())
 }
 
-fn move_aside(root: &Path, path: &Path) -> Result<()> {
+fn move_aside(disk: &dyn Disk, root: &Path, path: &Path) -> Result<()> {
     let within = path.strip_prefix(root).map_err(|e| Error::internal("a file outside its folder").because(e))?;
     let to = root.join(ASIDE_FOLDER).join(within);
     let folder = to.parent().unwrap_or(root);
-    file::create_folder(folder)?;
+    file::create_folder(disk, folder)?;
     let named = |end: String| PathBuf::from(format!("{}{end}{SUFFIX}", to.display()));
     // A file that was made again under the same name, and taken back again.
-    let free = std::iter::once(String::new()).chain((1..).map(|n| format!(".{n}"))).map(named).find(|to| !to.exists());
+    let mut free = std::iter::once(String::new()).chain((1..).map(|n| format!(".{n}"))).map(named);
+    let free = free.find(|to| disk.exists(to).is_ok_and(|there| !there));
     let to = free.unwrap_or(to);
-    fs::rename(path, &to).map_err(failed("move", path))?;
-    file::sync_folder(to.parent().unwrap_or(root))
+    disk.rename(path, &to).map_err(failed("move", path))?;
+    file::sync_folder(disk, to.parent().unwrap_or(root))
 }
 
-fn list(table: &Path) -> Result<Vec<HistoryFile>> {
-    files::list(table).map_err(failed("list", table))
+fn list(disk: &dyn Disk, table: &Path) -> Result<Vec<HistoryFile>> {
+    files::list_on(disk, table).map_err(failed("list", table))
 }

@@ -2,9 +2,9 @@
 //!
 //! The `object_store` crate is not used: the version that DataFusion takes never syncs a file.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, ErrorKind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use ::parquet::arrow::ArrowWriter;
@@ -13,6 +13,7 @@ use ::parquet::file::metadata::{KeyValue, ParquetMetaData};
 use ::parquet::file::properties::{WriterProperties, WriterPropertiesBuilder};
 use arrow::array::{RecordBatch, new_null_array};
 use arrow::datatypes::{Field, Schema};
+use pipeline::disk::{Disk, Entry};
 use pipeline::error::{Error, Result};
 use pipeline::time::{format_us, parse_us};
 
@@ -64,23 +65,23 @@ pub(super) fn facts_of(metadata: &ParquetMetaData) -> Option<Facts> {
 }
 
 /// Writes rows as a Parquet file and makes it durable, its name too. After an error there is no file.
-pub(super) fn write(path: &Path, batches: &[RecordBatch], footer: Vec<KeyValue>) -> Result<()> {
+pub(super) fn write(disk: &dyn Disk, path: &Path, batches: &[RecordBatch], footer: Vec<KeyValue>) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
-    let result = write_and_sync(path, batches, footer).and_then(|()| sync_folder(folder));
+    let result = write_and_sync(disk, path, batches, footer).and_then(|()| sync_folder(disk, folder));
     if result.is_err() {
         // It would be removed at the next start anyway; until then it only takes room.
-        let _ = fs::remove_file(path);
+        let _ = disk.remove(path);
     }
     result
 }
 
-fn write_and_sync(path: &Path, batches: &[RecordBatch], footer: Vec<KeyValue>) -> Result<()> {
+fn write_and_sync(disk: &dyn Disk, path: &Path, batches: &[RecordBatch], footer: Vec<KeyValue>) -> Result<()> {
     let Some(first) = batches.first() else { return Err(Error::internal("a history file without rows")) };
-    let file = File::create(path).map_err(failed("write", path))?;
+    let mut file = disk.create(path).map_err(failed("write", path))?;
     let properties = properties(LEVEL)?.set_key_value_metadata(Some(footer)).build();
     let unwritten = |e| Error::outside(format!("cannot write {}", path.display())).because(e);
     // The writer puts the Arrow schema into the footer too: a `json` column reads back as one.
-    let mut writer = ArrowWriter::try_new(&file, first.schema(), Some(properties)).map_err(unwritten)?;
+    let mut writer = ArrowWriter::try_new(&mut file, first.schema(), Some(properties)).map_err(unwritten)?;
     for batch in batches {
         writer.write(batch).map_err(unwritten)?;
     }
@@ -99,13 +100,13 @@ pub(super) fn try_column(field: &Field) -> ::parquet::errors::Result<()> {
 }
 
 /// Renames `from` to `to`; fine if that has happened already. Returns whether it happened now.
-pub(super) fn move_into_place(from: &Path, to: &Path) -> Result<bool> {
-    if to.try_exists().map_err(failed("look at", to))? {
+pub(super) fn move_into_place(disk: &dyn Disk, from: &Path, to: &Path) -> Result<bool> {
+    if disk.exists(to).map_err(failed("look at", to))? {
         return Ok(false);
     }
-    match fs::rename(from, to) {
+    match disk.rename(from, to) {
         Ok(()) => Ok(true),
-        Err(error) if error.kind() == ErrorKind::NotFound && !from.exists() => Err(Error::outside(format!(
+        Err(error) if error.kind() == ErrorKind::NotFound && disk.exists(from).is_ok_and(|there| !there) => Err(Error::outside(format!(
             "a checkpoint names the staged file {}, but neither it nor {} is there: put the folder back where it was, \
              or remove the checkpoints to start anew",
             from.display(),
@@ -116,41 +117,23 @@ pub(super) fn move_into_place(from: &Path, to: &Path) -> Result<bool> {
     }
 }
 
-/// Makes a folder with all its parents; each new one is synced into the folder above it.
-pub(super) fn create_folder(folder: &Path) -> Result<()> {
-    let mut missing: Vec<PathBuf> = Vec::new();
-    let mut at = Some(folder);
-    while let Some(path) = at.filter(|path| !path.as_os_str().is_empty() && !path.is_dir()) {
-        missing.push(path.to_owned());
-        at = path.parent();
-    }
-    for path in missing.iter().rev() {
-        match fs::create_dir(path) {
-            Err(error) if error.kind() != ErrorKind::AlreadyExists || !path.is_dir() => {
-                return Err(failed("make the folder", path)(error));
-            }
-            _ => {}
-        }
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-        sync_folder(parent.unwrap_or(Path::new(".")))?;
-    }
-    Ok(())
+/// Makes a folder with all its parents, each durable in the one above it.
+pub(super) fn create_folder(disk: &dyn Disk, folder: &Path) -> Result<()> {
+    disk.create_folder(folder).map_err(failed("make the folder", folder))
 }
 
 /// Makes the names in a folder durable.
-pub(super) fn sync_folder(folder: &Path) -> Result<()> {
-    File::open(folder).and_then(|file| file.sync_all()).map_err(failed("sync the folder", folder))
+pub(super) fn sync_folder(disk: &dyn Disk, folder: &Path) -> Result<()> {
+    disk.sync_folder(folder).map_err(failed("sync the folder", folder))
 }
 
 /// Removes all staged files of one sink.
-pub(super) fn remove_stale(stage_folder: &Path, sink: &str) -> Result<()> {
+pub(super) fn remove_stale(disk: &dyn Disk, stage_folder: &Path, sink: &str) -> Result<()> {
     let prefix = format!("{sink}-");
-    for entry in fs::read_dir(stage_folder).map_err(failed("list", stage_folder))? {
-        let entry = entry.map_err(failed("list", stage_folder))?;
-        let name = entry.file_name();
-        let ours = name.to_str().is_some_and(|name| name.starts_with(&prefix) && name.ends_with(STAGED));
-        if ours {
-            fs::remove_file(entry.path()).map_err(failed("remove", &entry.path()))?;
+    for Entry { name, .. } in disk.list(stage_folder).map_err(failed("list", stage_folder))? {
+        if name.starts_with(&prefix) && name.ends_with(STAGED) {
+            let path = stage_folder.join(name);
+            disk.remove(&path).map_err(failed("remove", &path))?;
         }
     }
     Ok(())

@@ -20,6 +20,7 @@ use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 use pipeline::batch::{Batch, Stage, with_hidden_columns};
 use pipeline::config::{At, ByteSize, CheckContext, Duration};
+use pipeline::disk::{Disk, RealDisk};
 use pipeline::error::{Error, Result};
 use pipeline::history::files::{self, DAY, HOUR, HistoryFile, STAGE_FOLDER, hour_folder};
 use pipeline::plugin::{HistoryTail, Sink, SinkConfig, SinkContext, SinkInput, SinkShape, StagingSink, Upkeep};
@@ -184,6 +185,8 @@ fn check_columns(input: &SinkInput, cx: &mut CheckContext<'_>) {
 /// The running sink.
 pub struct ParquetSink {
     name: String,
+    /// Where rows are staged and published. Hours are merged on the real one.
+    disk: Arc<dyn Disk>,
     root: PathBuf,
     roll_us: i64,
     roll_bytes: usize,
@@ -239,11 +242,11 @@ impl StagingSink for ParquetSink {
         let metrics = self.metrics();
         let restored = state.map(state::read).transpose()?.unwrap_or_default();
         let strangers = match checkpoint {
-            0 => aside::highest_number(&self.root, &self.name, &metrics)?,
+            0 => aside::highest_number(&*self.disk, &self.root, &self.name, &metrics)?,
             _ => restored.strangers,
         };
         let mut ledger = Ledger::new(checkpoint, strangers);
-        let taken_back = aside::take_back(&self.root, &self.name, &metrics, &ledger)?;
+        let taken_back = aside::take_back(&*self.disk, &self.root, &self.name, &metrics, &ledger)?;
         self.shared.fewer(taken_back as u64);
         for file in restored.staged {
             if let Some(target) = &file.target {
@@ -254,7 +257,7 @@ impl StagingSink for ParquetSink {
         }
         *self.shared.ledger() = ledger;
         self.publish(checkpoint)?;
-        file::remove_stale(&self.stage_folder(), &self.name)?;
+        file::remove_stale(&*self.disk, &self.stage_folder(), &self.name)?;
         swap::clean(&self.root, &metrics)?;
         for open in restored.open {
             self.take_back(open)?;
@@ -271,24 +274,32 @@ impl ParquetSink {
     /// Makes the folders and compares the columns of the newest files with those of the pipelines.
     pub fn new(config: &ParquetConfig, cx: SinkContext) -> Result<Self> {
         let root = cx.folder.join(&config.path.value);
-        file::create_folder(&root.join(STAGE_FOLDER))?;
+        file::create_folder(&RealDisk, &root)?;
         // A folder that is found through a link has its neighbours elsewhere.
         let root = std::fs::canonicalize(&root).map_err(file::failed("look at", &root))?;
-        let shared = Arc::new(Shared::default());
+        let sink = Self::on_disk(Arc::new(RealDisk), root, config, cx)?;
+        for Input { metric, schema, .. } in &sink.inputs {
+            let table = sink.root.join(metric);
+            let files = files::list(&table).map_err(file::failed("list", &table))?;
+            refuse_changed_types(&table, &files, metric, schema)?;
+            sink.shared.files.fetch_add(files.len() as u64, Relaxed);
+        }
+        Ok(sink)
+    }
+
+    fn on_disk(disk: Arc<dyn Disk>, root: PathBuf, config: &ParquetConfig, cx: SinkContext) -> Result<Self> {
+        file::create_folder(&*disk, &root.join(STAGE_FOLDER))?;
         let mut tails = cx.tails.into_iter();
         let mut inputs = Vec::with_capacity(cx.inputs.len());
         for SinkInput { metric, shape } in cx.inputs {
             let schema = with_hidden_columns(&shape.schema);
-            let table = root.join(&metric);
-            let files = files::list(&table).map_err(file::failed("list", &table))?;
-            refuse_changed_types(&table, &files, &metric, &schema)?;
-            shared.files.fetch_add(files.len() as u64, Relaxed);
             inputs.push(Input { metric, schema, tail: tails.next(), open: Open::default() });
         }
         let roll_bytes = usize::try_from(config.roll_size.0).unwrap_or(usize::MAX);
         let (name, roll_us) = (cx.name, config.roll.as_us());
         let keep_us = config.keep.as_ref().map(|keep| keep.as_us());
-        Ok(Self { name, root, roll_us, roll_bytes, inputs, staged: Vec::new(), serial: 0, keep_us, shared })
+        let shared = Arc::default();
+        Ok(Self { name, disk, root, roll_us, roll_bytes, inputs, staged: Vec::new(), serial: 0, keep_us, shared })
     }
 
     fn history_upkeep(&self) -> HistoryUpkeep {
@@ -306,7 +317,7 @@ impl ParquetSink {
         while let Some(position) = self.staged.iter().position(in_time) {
             let file = &mut self.staged[position];
             let tail = file.input.and_then(|index| self.inputs[index].tail.as_ref());
-            let is_new = publish(&self.root, file, tail)?;
+            let is_new = publish(&*self.disk, &self.root, file, tail)?;
             self.shared.files.fetch_add(u64::from(is_new && file.input.is_some()), Relaxed);
             self.staged.remove(position);
         }
@@ -370,7 +381,7 @@ impl ParquetSink {
             let path = (0u64..).map(|part| folder.join(FileName::published(checkpoint, part).write(&self.name))).find(
                 |path| {
                     let promised = self.staged.iter().any(|f| f.target.as_ref().is_some_and(|t| t.path == *path));
-                    !promised && !self.root.join(path).exists()
+                    !promised && !self.disk.exists(&self.root.join(path)).unwrap_or(false)
                 },
             );
             path.iter().for_each(|path| ledger.name(path, checkpoint));
@@ -425,7 +436,7 @@ impl ParquetSink {
     fn write_stage(&self, metric: &str, batches: &[RecordBatch], facts: Facts) -> Result<String> {
         let name = format!("{}-{metric}-{}.part", self.name, self.serial);
         let footer = file::footer(&self.name, metric, facts);
-        file::write(&self.stage_folder().join(&name), batches, footer)?;
+        file::write(&*self.disk, &self.stage_folder().join(&name), batches, footer)?;
         Ok(name)
     }
 
@@ -469,15 +480,15 @@ impl ParquetSink {
 
 /// Renames a staged file into place and drops its rows from the tail, in one lock; then syncs both folders. Returns
 /// whether it was not there before.
-fn publish(root: &Path, staged: &mut StagedFile, tail: Option<&HistoryTail>) -> Result<bool> {
+fn publish(disk: &dyn Disk, root: &Path, staged: &mut StagedFile, tail: Option<&HistoryTail>) -> Result<bool> {
     let Some(target) = staged.target.clone() else { return Ok(false) };
     let stage_folder = root.join(STAGE_FOLDER);
     let (from, to) = (stage_folder.join(&staged.stage), root.join(&target.path));
     let folder = to.parent().unwrap_or(root);
-    file::create_folder(folder)?;
+    file::create_folder(disk, folder)?;
     let is_new = {
         let mut rows = tail.map(|tail| tail.write().unwrap_or_else(PoisonError::into_inner));
-        let is_new = file::move_into_place(&from, &to)?;
+        let is_new = file::move_into_place(disk, &from, &to)?;
         if let Some(rows) = &mut rows {
             let gone = staged.tail_batches.min(rows.len());
             rows.drain(..gone);
@@ -485,8 +496,8 @@ fn publish(root: &Path, staged: &mut StagedFile, tail: Option<&HistoryTail>) -> 
         (staged.tail_batches, staged.tail_bytes) = (0, 0);
         is_new
     };
-    file::sync_folder(folder)?;
-    file::sync_folder(&stage_folder)?;
+    file::sync_folder(disk, folder)?;
+    file::sync_folder(disk, &stage_folder)?;
     Ok(is_new)
 }
 

@@ -7,6 +7,7 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use pipeline::disk::RealDisk;
 use pipeline::error::{Error, Result};
 use pipeline::history::files;
 use tracing::info;
@@ -21,7 +22,7 @@ const PROBE: &str = ".probe";
 pub(super) fn choose(sink: &str, root: &Path) -> Result<PathBuf> {
     let inside = files::swap_inside(root);
     let from = inside.join(PROBE);
-    file::create_folder(&from)?;
+    file::create_folder(&RealDisk, &from)?;
     let tried = match files::swap_beside(root) {
         Some(beside) => {
             let tried = try_beside(&from, &beside);
@@ -45,7 +46,8 @@ pub(super) fn choose(sink: &str, root: &Path) -> Result<PathBuf> {
 
 fn try_beside(from: &Path, beside: &Path) -> Result<()> {
     let to = beside.join(PROBE);
-    let tried = file::create_folder(beside).and_then(|()| fs::rename(from, &to).map_err(failed("make", &to)));
+    let tried =
+        file::create_folder(&RealDisk, beside).and_then(|()| fs::rename(from, &to).map_err(failed("make", &to)));
     remove_empty(beside, &to);
     tried
 }
@@ -71,7 +73,7 @@ pub(super) fn clean(root: &Path, metrics: &[String]) -> Result<()> {
 pub(super) fn sync_parents(one: &Path, other: &Path) -> Result<()> {
     for path in [one, other] {
         let there = path.ancestors().skip(1).find(|folder| folder.is_dir());
-        there.map_or(Ok(()), file::sync_folder)?;
+        there.map_or(Ok(()), |folder| file::sync_folder(&RealDisk, folder))?;
     }
     Ok(())
 }

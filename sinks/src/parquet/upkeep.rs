@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use pipeline::disk::RealDisk;
 use pipeline::error::{Error, Result};
 use pipeline::history::files::{self, HourFolder};
 use pipeline::plugin::{Upkeep, Upkept};
@@ -254,12 +255,12 @@ impl HistoryUpkeep {
     fn merge(&self, metric: &str, hour: &HourFolder, sources: &[Source], work: &mut Work) -> Result<Seen> {
         let built = self.swap_path(&hour.path, work)?;
         file::remove_folder(&built)?;
-        file::create_folder(&built)?;
+        file::create_folder(&RealDisk, &built)?;
         self.point();
         let made = merge::merge(sources, &built, &self.sink, metric, self.target_bytes, &mut || self.point());
         let swapped = made.and_then(|names| {
             self.point();
-            file::sync_folder(&built)?;
+            file::sync_folder(&RealDisk, &built)?;
             self.point();
             Ok((self.swap(hour, sources, &built, &names, work)?, names.len()))
         });
@@ -315,7 +316,7 @@ impl HistoryUpkeep {
     fn expire(&self, hour: &HourFolder, work: &mut Work) -> Result<Seen> {
         let retired = self.swap_path(&hour.path, work)?;
         file::remove_folder(&retired)?;
-        file::create_folder(retired.parent().unwrap_or(&self.root))?;
+        file::create_folder(&RealDisk, retired.parent().unwrap_or(&self.root))?;
         self.point();
         let ledger = self.shared.ledger();
         let files = hour.files().map_err(failed("list", &hour.path))?;

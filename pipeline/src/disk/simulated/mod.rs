@@ -291,18 +291,24 @@ impl Disk for SimulatedDisk {
     fn create_folder(&self, folder: &Path) -> io::Result<()> {
         let mut state = lock(&self.state);
         let fate = state.begin()?;
-        if fate == Fate::Succeeds {
-            state.sync_names(folder.parent().unwrap_or(Path::new("")));
-        }
         let mut missing: Vec<&Path> = folder.ancestors().filter(|above| state.check_folder(above).is_err()).collect();
-        while let Some(path) = missing.pop() {
-            if state.names.contains_key(path) {
-                return Err(io::ErrorKind::NotADirectory.into());
-            }
-            if fate != Fate::Fails {
-                state.name(Naming::Added { path: path.to_owned(), node: Node::Folder });
-            }
-            if fate == Fate::Succeeds {
+        if missing.iter().any(|path| state.names.contains_key(*path)) {
+            return Err(io::ErrorKind::NotADirectory.into());
+        }
+        // Before the last of them is made, those above it are durable.
+        let mut left = match fate {
+            Fate::Succeeds => missing.len() as u64,
+            Fate::Fails => 0,
+            Fate::PowerGoes => state.random.below(missing.len() as u64 + 1),
+        };
+        let there = folder.ancestors().find(|above| state.check_folder(above).is_ok());
+        if let Some(above) = there.and_then(Path::parent).filter(|_| left > 0 || fate == Fate::Succeeds) {
+            state.sync_names(above);
+        }
+        while let Some(path) = missing.pop().filter(|_| left > 0) {
+            left -= 1;
+            state.name(Naming::Added { path: path.to_owned(), node: Node::Folder });
+            if left > 0 || fate == Fate::Succeeds {
                 state.sync_names(path.parent().unwrap_or(Path::new("")));
             }
         }

@@ -20,6 +20,7 @@ use tempfile::TempDir;
 
 use super::*;
 
+mod power;
 mod upkeep;
 
 const DAY_US: i64 = 86_400_000_000;
@@ -85,16 +86,20 @@ impl House {
 
     /// Starts a process: tails are empty, the sink is new.
     fn try_start(&mut self) -> Result<ParquetSink> {
+        let cx = self.context();
+        ParquetSink::new(&self.config, cx)
+    }
+
+    fn context(&mut self) -> SinkContext {
         self.tails = self.inputs.iter().map(|_| HistoryTail::default()).collect();
-        let cx = SinkContext {
+        SinkContext {
             name: "history".into(),
             inputs: self.inputs.clone(),
             folder: self.scratch.path().to_owned(),
             routes: Routes::default(),
             live: Arc::new(Live::new("epoch".into(), Arc::default(), [])),
             tails: self.tails.clone(),
-        };
-        ParquetSink::new(&self.config, cx)
+        }
     }
 
     /// Starts a process that takes over a checkpoint.

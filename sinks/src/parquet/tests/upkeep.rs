@@ -404,7 +404,7 @@ fn a_crash_at_any_point_of_merging_or_removing_leaves_the_history_whole() {
             drop((keeper, sink));
             let mut sink = house.start(Some((8, &state)));
             assert!(may_be(&house.published("load")), "{crashes}: {:?}", house.published("load"));
-            assert_eq!(house.swapped(), [PathBuf::new(); 0], "{crashes}");
+            assert!(house.swapped().is_empty(), "{crashes}");
             settle(&mut sink, 9);
             work(&upkeep(&sink), at(2)).expect("merged");
             let expected = if keep { vec![4, 5, 6] } else { vec![1, 2, 3, 4, 5, 6] };
@@ -608,7 +608,7 @@ fn add_empty_file(sink: &ParquetSink, number: u64, at_us: i64) {
     let facts = Facts { first_batch: 1, last_batch: 1, event_min_us: 0, event_max_us: 0, since_us: 0 };
     let rows = RecordBatch::new_empty(Arc::clone(&sink.inputs[0].schema));
     let staged = sink.stage_folder().join("empty.part");
-    file::write(&staged, &[rows], file::footer("history", "load", facts)).expect("written");
+    file::write(&RealDisk, &staged, &[rows], file::footer("history", "load", facts)).expect("written");
     let name = FileName::published(number, 0).write("history");
     fs::rename(staged, sink.root.join("load").join(hour_folder(at_us)).join(name)).expect("published");
 }
