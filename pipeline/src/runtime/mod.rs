@@ -101,11 +101,13 @@ pub struct Outcome {
     pub failed: Vec<(String, String)>,
 }
 
-/// Runs the graph until it ends or `stop` resolves. Blocks the calling thread.
-pub fn run(graph: Graph, options: Options, stop: impl Future<Output = ()> + Send) -> Result<Outcome> {
+/// Runs the graph until it ends or what `stop` gives resolves; `stop` is called first of all, within the runtime. Blocks
+/// the calling thread.
+pub fn run<S: Future<Output = ()> + Send>(graph: Graph, options: Options, stop: impl FnOnce() -> S) -> Result<Outcome> {
     let io = pool("io")?;
     let operators = pool("operators")?;
     let result = io.block_on(async {
+        let stop = stop();
         let started = Starter::new(graph, options, operators.handle().clone()).await?;
         started.run(stop).await
     });
