@@ -174,7 +174,7 @@ impl Inbox {
     }
 
     /// Hands records to the disk.
-    pub(crate) fn append(&mut self, records: &[Record], ingest_us: i64) {
+    pub(crate) fn append(&mut self, records: Vec<Record>, ingest_us: i64) {
         if records.is_empty() {
             return;
         }
@@ -183,7 +183,7 @@ impl Inbox {
         self.waiting.push_back((self.next, bytes));
         self.waiting_bytes += bytes;
         // The thread ends only with this handle, or broken: then `progress` says so.
-        let _ = self.commands.send(Command::Append(records.to_vec(), ingest_us));
+        let _ = self.commands.send(Command::Append(records, ingest_us));
     }
 
     /// Whether more may be taken in.
@@ -411,8 +411,9 @@ mod tests {
 
     fn take(inbox: &mut Inbox, text: &str, ingest_us: i64) -> bool {
         let received = inbox.receive(vec![record(text)], ingest_us);
-        inbox.append(&received.fresh, ingest_us);
-        !received.fresh.is_empty()
+        let is_new = !received.fresh.is_empty();
+        inbox.append(received.fresh, ingest_us);
+        is_new
     }
 
     /// Waits until all is on the disk, or nothing more will be.

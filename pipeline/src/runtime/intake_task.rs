@@ -291,7 +291,7 @@ impl IntakeTask {
             }
         };
         if let Some(inbox) = &mut self.inbox {
-            inbox.append(&received.fresh, ingest_us);
+            inbox.append(received.fresh, ingest_us);
             // Also what came again is acknowledged in its turn: by then the first of its kind is on disk.
             if !received.tokens.is_empty() && self.link.is_some() {
                 self.unsettled.tokens.push_back((inbox.next(), received.tokens));
