@@ -12,6 +12,7 @@ mod examples;
 mod failures;
 mod history;
 mod http;
+mod ledger;
 mod live;
 mod mqtt;
 mod redis;

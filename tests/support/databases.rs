@@ -18,7 +18,8 @@ pub struct Server {
     stop: &'static str,
     /// URL up to the database's name.
     base: String,
-    port: u16,
+    /// Its port on 127.0.0.1.
+    pub port: u16,
     _folder: Scratch,
 }
 
