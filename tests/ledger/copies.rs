@@ -45,7 +45,9 @@ impl Copies {
     /// The sink's block in the YAML.
     pub(super) fn yaml(&self) -> String {
         let routed = &self.routed;
-        format!("type: sql\nurl: \"{routed}\"\ntable: copies\ncolumns: {{s: s, n: n}}\nbatch: {{rows: 50, every: 10ms}}")
+        format!(
+            "type: sql\nurl: \"{routed}\"\ntable: copies\ncolumns: {{s: s, n: n}}\nbatch: {{rows: 50, every: 10ms}}"
+        )
     }
 
     /// How often each number of a source is in the table.

@@ -76,8 +76,6 @@ pub(super) struct Setting<'a> {
     pub(super) port: u16,
     /// The way of the program to a server's port: straight, or through a proxy.
     pub(super) route: &'a dyn Fn(u16) -> u16,
-    /// How many rows a source gets that has all of them from the start.
-    pub(super) rows_at_once: u64,
 }
 
 /// One source, with the server behind it and the publisher in front.

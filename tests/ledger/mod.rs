@@ -6,49 +6,36 @@
 mod copies;
 mod feed;
 mod feeds;
+mod syscalls;
 mod trial;
 mod truth;
 
 use std::time::{Duration, Instant};
 
 use crate::support::random::{Random, let_a_random_moment_pass, number_from_environment};
+use crate::support::wait_for;
 
 use self::copies::Copies;
 use self::feeds::{File, Http, Mqtt, RedisList, RedisStream, open_postgres, open_sqlite};
 use self::trial::{CopiesEntry, FeedEntry, Trial};
 
-/// The sources that must be exact.
+/// The sources.
 const FEEDS: &[FeedEntry] = &[
     FeedEntry { name: "redis_stream", open: RedisStream::open },
+    FeedEntry { name: "redis_list", open: RedisList::open },
     FeedEntry { name: "postgres", open: open_postgres },
     FeedEntry { name: "sqlite", open: open_sqlite },
     FeedEntry { name: "file", open: File::open },
-];
-
-/// The sinks that must be exact beside Parquet.
-const COPIES: &[CopiesEntry] = &[];
-
-/// Those that are not exact yet.
-const FEEDS_LATER: &[FeedEntry] = &[
-    FeedEntry { name: "redis_list", open: RedisList::open },
     FeedEntry { name: "mqtt_3", open: Mqtt::open_v3 },
     FeedEntry { name: "mqtt_5", open: Mqtt::open_v5 },
     FeedEntry { name: "http", open: Http::open },
 ];
 
-/// Those that are not exact yet.
-const COPIES_LATER: &[CopiesEntry] = &[
+/// The sinks beside Parquet.
+const COPIES: &[CopiesEntry] = &[
     CopiesEntry { name: "copies_postgres", open: Copies::open_postgres },
     CopiesEntry { name: "copies_sqlite", open: Copies::open_sqlite },
 ];
-
-/// The table: with `TAILWATER_LATER` those that are not exact yet too.
-fn table() -> (Vec<FeedEntry>, Vec<CopiesEntry>) {
-    match number_from_environment("TAILWATER_LATER") {
-        None => (FEEDS.to_vec(), COPIES.to_vec()),
-        Some(_) => ([FEEDS, FEEDS_LATER].concat(), [COPIES, COPIES_LATER].concat()),
-    }
-}
 
 /// Kills of a plain `cargo test`.
 const KILLS: u64 = 50;
@@ -60,8 +47,7 @@ const ROWS_PER_KILL: u64 = 60;
 fn a_program_that_is_killed_at_any_moment_loses_nothing_and_repeats_nothing() {
     let mut random = Random::seeded("kills", 20_261_121);
     let kills = number_from_environment("TAILWATER_KILLS").unwrap_or(KILLS);
-    let (feeds, copies) = table();
-    let mut trial = Trial::new(&feeds, &copies, kills * ROWS_PER_KILL, None);
+    let mut trial = Trial::new(FEEDS, COPIES, kills * ROWS_PER_KILL, None);
     let mut process = trial.start();
     trial.wait_until_healthy();
     trial.publish(&mut random);
@@ -89,4 +75,25 @@ fn a_program_that_is_killed_at_any_moment_loses_nothing_and_repeats_nothing() {
     trial.stop(process);
     let wrong = trial.wrong();
     assert!(wrong.is_empty(), "after {kills} kills:\n{}", wrong.join("\n"));
+}
+
+/// Connections of a plain `cargo test` that meet a bad end.
+const CUTS: u64 = 60;
+
+#[test]
+fn connections_that_are_cut_in_the_middle_lose_nothing_and_repeat_nothing() {
+    let mut random = Random::seeded("cuts", 20_261_121);
+    let cuts = number_from_environment("TAILWATER_CUTS").unwrap_or(CUTS);
+    let mut cutting = random.fork();
+    let mut trial = Trial::new(FEEDS, COPIES, ROWS_PER_KILL, Some(&mut cutting));
+    let process = trial.start();
+    trial.publish(&mut random);
+    wait_for("the connections to be cut", || (trial.cuts() >= cuts).then_some(()));
+    trial.stop_publishing();
+    trial.leave_connections_alone();
+    trial.wait_until_healthy();
+    trial.settle();
+    trial.stop(process);
+    let wrong = trial.wrong();
+    assert!(wrong.is_empty(), "after {} cuts:\n{}", trial.cuts(), wrong.join("\n"));
 }

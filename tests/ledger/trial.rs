@@ -44,7 +44,7 @@ pub(super) struct Trial {
     publishers: Vec<Publisher>,
     copies: Vec<(&'static str, Copies)>,
     /// What stands between the program and its servers.
-    pub(super) proxies: Vec<Proxy>,
+    proxies: Vec<Proxy>,
 }
 
 impl Trial {
@@ -67,7 +67,7 @@ impl Trial {
                 port
             }
         };
-        let setting = Setting { folder: folder.path(), port, route: &route, rows_at_once };
+        let setting = Setting { folder: folder.path(), port, route: &route };
         let publishers: Vec<Publisher> =
             feeds.iter().map(|entry| Publisher::new(entry.name, (entry.open)(&setting), rows_at_once)).collect();
         let copies: Vec<(&str, Copies)> = copies.iter().map(|entry| (entry.name, (entry.open)(&setting))).collect();
@@ -117,6 +117,16 @@ impl Trial {
         for publisher in &mut self.publishers {
             publisher.stop();
         }
+    }
+
+    /// Connections that met a bad end so far.
+    pub(super) fn cuts(&self) -> u64 {
+        self.proxies.iter().map(Proxy::ended).sum()
+    }
+
+    /// From now on connections are whole.
+    pub(super) fn leave_connections_alone(&self) {
+        self.proxies.iter().for_each(Proxy::leave_alone);
     }
 
     /// Rows that were acknowledged so far, over all sources.

@@ -55,7 +55,8 @@ fn windows_of(feed: &'static str, numbers: &BTreeSet<u64>) -> Vec<Window> {
         *count += 1;
         *sum += row.n;
     }
-    let window = |((start, key), (count, sum)): ((u64, &str), _)| (start, key.to_owned(), count, sum, "final".to_owned());
+    let window =
+        |((start, key), (count, sum)): ((u64, &str), _)| (start, key.to_owned(), count, sum, "final".to_owned());
     windows.into_iter().map(window).collect()
 }
 
