@@ -88,7 +88,8 @@ fn mend(disk: &dyn Disk, segment: &Segment, until: Option<u64>) -> Result<Mended
         kept: groups.iter().map(|(header, _)| u64::from(header.count)).sum(),
         lost,
         lost_bytes,
-        head_lost: head.is_none() && until.is_none(),
+        // The first segment of a log has none.
+        head_lost: head.is_none() && until.is_none() && segment.first_lsn > 0,
         end_lost,
     })
 }
@@ -137,6 +138,8 @@ impl Found {
             found.groups.push((header, bytes.slice(place..at)));
         }
         found.lose(next..until.unwrap_or(next));
+        // Of a file without anything that can be read, nobody knows what it was.
+        found.end_lost |= until.is_none() && found.head.is_none() && found.groups.is_empty();
         found
     }
 
