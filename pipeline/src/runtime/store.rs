@@ -115,6 +115,62 @@ impl Store {
     }
 }
 
+/// A checkpoint as it lies on the disk.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) number: u64,
+    pub(crate) path: PathBuf,
+    pub(crate) bytes: u64,
+    /// When it was written, in microseconds since 1970, if the file system tells.
+    pub(crate) written_us: Option<i64>,
+    /// What is in it, or why it cannot be read.
+    pub(crate) checkpoint: Result<Checkpoint, String>,
+}
+
+/// All checkpoints in a state folder, oldest first; none if there is no folder. Takes no lock, so one that a running process
+/// removes meanwhile is left out.
+pub(crate) fn read_all(dir: &Path) -> Result<Vec<Found>> {
+    let entries = match RealDisk.list(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(|error| failed(dir, error))?,
+    };
+    let mut all = Vec::new();
+    for entry in entries {
+        let Some(number) = entry.name.strip_suffix(SUFFIX).and_then(|digits| digits.parse().ok()) else { continue };
+        let path = dir.join(&entry.name);
+        let bytes = match RealDisk.read(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            bytes => bytes,
+        };
+        let written = std::fs::metadata(&path).and_then(|file| file.modified()).ok();
+        let since = written.and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok());
+        all.push(Found {
+            number,
+            path,
+            bytes: entry.length,
+            written_us: since.and_then(|since| i64::try_from(since.as_micros()).ok()),
+            checkpoint: match bytes {
+                Ok(bytes) => decode(&bytes).map_err(|error| error.to_string()),
+                Err(error) => Err(error.to_string()),
+            },
+        });
+    }
+    all.sort_by_key(|found| found.number);
+    Ok(all)
+}
+
+/// Whether a name in the state folder belongs to the checkpoints.
+pub(crate) fn is_of_checkpoints(name: &str) -> bool {
+    name.ends_with(SUFFIX)
+}
+
+/// Whether a process runs on a state folder.
+pub(crate) fn is_locked(dir: &Path) -> bool {
+    let Ok(lock) = File::open(dir.join("lock")) else { return false };
+    // Shared, so that two who only look do not take each other for a process.
+    matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock))
+}
+
 fn failed(dir: &Path, error: io::Error) -> Error {
     Error::outside(format!("state folder `{}`", dir.display())).because(error)
 }
@@ -181,6 +237,10 @@ mod tests {
         bytes[last] ^= 1;
         fs::write(&newest, &bytes).expect("write");
         assert_eq!(store.latest().expect("latest"), Some(checkpoint(4)));
+        let found = read_all(dir.path()).expect("all");
+        let whole: Vec<(u64, bool)> = found.iter().map(|found| (found.number, found.checkpoint.is_ok())).collect();
+        assert_eq!(whole, [(3, true), (4, true), (5, false)]);
+        assert!(found.iter().all(|found| found.bytes == bytes.len() as u64 && found.written_us.is_some()));
         for length in 0..bytes.len() {
             assert!(decode(&bytes[..length]).is_err(), "cut to {length}");
         }
@@ -191,7 +251,9 @@ mod tests {
     #[test]
     fn a_second_process_on_the_same_folder_is_refused() {
         let dir = tempfile::tempdir().expect("folder");
+        assert!(!is_locked(dir.path()));
         let first = Store::open(dir.path()).expect("store");
+        assert!(is_locked(dir.path()));
         assert!(Store::open(dir.path()).is_err());
         drop(first);
         assert!(Store::open(dir.path()).is_ok());
