@@ -16,6 +16,7 @@ mod coordinator;
 mod edge;
 mod fresh;
 mod inbox;
+pub mod inspect;
 mod intake_task;
 mod outbox;
 mod pipeline_task;
