@@ -2,6 +2,7 @@
 
 mod check;
 mod docs;
+mod doctor;
 mod fields;
 mod graph;
 mod query;
@@ -57,6 +58,8 @@ enum Command {
     Query(query::Query),
     /// Print what is in the state folder: checkpoints, inboxes, outboxes
     State(state::StateCommand),
+    /// Read everything durable and say what is damaged and what to do
+    Doctor(doctor::Doctor),
     /// Connect to a source and print its `fields:` block
     Fields(fields::FieldsCommand),
     /// Print the JSON Schema of the file, for editors
@@ -106,6 +109,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Graph(command) => command.run(),
         Command::Query(command) => command.run(),
         Command::State(command) => command.run(),
+        Command::Doctor(command) => command.run(),
         Command::Fields(command) => command.run(),
         Command::Schema => schema::run(),
         Command::Docs(command) => command.run(),

@@ -13,6 +13,7 @@
 mod back_off;
 mod clock;
 mod coordinator;
+pub mod doctor;
 mod edge;
 mod fresh;
 mod inbox;
