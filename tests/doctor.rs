@@ -361,3 +361,40 @@ fn damage_in_the_history_is_told_with_its_file() {
         assert!(found.contains(&format!("note: `./history/{name}`: {what}")), "{name}: {found}");
     }
 }
+
+#[test]
+fn a_staged_file_that_a_checkpoint_names_is_missed_and_fresh_keeps_it() {
+    let scratch = Scratch::new();
+    // A file where a folder should be: what is staged cannot be published.
+    fs::create_dir(scratch.path().join("history")).expect("a folder");
+    scratch.write("history/every", "");
+    let program = Program::start_in(scratch, free_port(), &graph(OFTEN));
+    program.post("/readings", &[reading(1), reading(2)]);
+    wait_for("a file that cannot be published", || {
+        program.reasons().values().any(|reason| reason.contains("publishing")).then_some(())
+    });
+    let folder = kill(program);
+    let staged = files(&folder.path().join("history/.stage"));
+    assert_eq!(staged.len(), 1, "{staged:?}");
+    let (found, _) = run(folder.path(), &["doctor"], 0);
+    assert!(found.contains("1 history file with 2 rows read") && !found.contains("no checkpoint names"), "{found}");
+    let bytes = fs::read(&staged[0]).expect("a file");
+    fs::remove_file(&staged[0]).expect("removed");
+    let (found, _) = run(folder.path(), &["doctor"], 2);
+    assert!(
+        found.contains("the checkpoint names this staged file, but neither it nor `./history/every/dt="),
+        "{found}"
+    );
+    fs::write(&staged[0], &bytes).expect("put back");
+
+    fs::remove_file(folder.path().join("history/every")).expect("removed");
+    let program = Program::start_with(folder, free_port(), &graph(OFTEN), &["--fresh"]);
+    program.post("/readings", &[reading(3)]);
+    let folder = program.stop();
+    assert_eq!(values(folder.path()), [3]);
+    let kept = files(&folder.path().join("history/.stage"));
+    assert_eq!(kept.len(), 1, "{kept:?}");
+    assert!(kept[0].to_string_lossy().contains("/.stage/fresh-2"), "{kept:?}");
+    assert_eq!(fs::read(&kept[0]).expect("a file"), bytes);
+    run(folder.path(), &["doctor"], 0);
+}

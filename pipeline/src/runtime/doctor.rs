@@ -363,6 +363,9 @@ pub struct Salvaged {
     /// Of the lost records, those that the checkpoint does not have (of an inbox) or that wait for delivery (of an outbox):
     /// their rows are lost for good.
     pub lost_for_good: u64,
+    /// Whether it is of an outbox. The rows before lost ones are numbered anew: a sink that takes each row exactly once may
+    /// take some of them again.
+    pub of_outbox: bool,
 }
 
 impl fmt::Display for Salvaged {
@@ -384,6 +387,9 @@ impl fmt::Display for Salvaged {
             self.lost_for_good,
             aside.display()
         )?;
+        if self.of_outbox && self.lost_for_good > 0 {
+            f.write_str("; rows that were delivered just before the end may be delivered again")?;
+        }
         if *head_lost {
             f.write_str("; the memory of what was received before is lost: what is sent again may count twice")?;
         }
@@ -411,18 +417,22 @@ pub fn salvage(graph: &Graph) -> Result<Vec<Salvaged>> {
     let mut salvaged = Vec::new();
     for (folder, _) in logs(&disk, &dir.join("inbox"))? {
         let from = covered(taken, source_of(graph, &folder)).unwrap_or_default();
-        salvaged.extend(log::salvage(&disk, &folder)?.into_iter().map(|mended| Salvaged::new(mended, from..u64::MAX)));
+        salvaged.extend(
+            log::salvage(&disk, &folder)?.into_iter().map(|mended| Salvaged::new(mended, from..u64::MAX, false)),
+        );
     }
     for (folder, _) in logs(&disk, &dir.join("outbox"))? {
         let needed = kept(taken, sink_of(graph, &folder)).map_or(0..0, |kept| kept.needed()..kept.end);
-        salvaged.extend(log::salvage(&disk, &folder)?.into_iter().map(|mended| Salvaged::new(mended, needed.clone())));
+        salvaged.extend(
+            log::salvage(&disk, &folder)?.into_iter().map(|mended| Salvaged::new(mended, needed.clone(), true)),
+        );
     }
     Ok(salvaged)
 }
 
 impl Salvaged {
-    fn new(mended: Mended, needed: Range<u64>) -> Self {
+    fn new(mended: Mended, needed: Range<u64>, of_outbox: bool) -> Self {
         let common = |lost: &Range<u64>| lost.end.min(needed.end).saturating_sub(lost.start.max(needed.start));
-        Self { lost_for_good: mended.lost.iter().map(common).sum(), mended }
+        Self { lost_for_good: mended.lost.iter().map(common).sum(), mended, of_outbox }
     }
 }

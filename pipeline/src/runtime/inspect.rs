@@ -240,7 +240,8 @@ fn node(key: String, state: Option<&[u8]>, start: Start) -> NodeState {
 /// A position as text if it is one, else its first bytes and its length.
 fn readable(position: &[u8]) -> String {
     match std::str::from_utf8(position) {
-        Ok(text) if !text.is_empty() && !text.contains(char::is_control) => text.to_owned(),
+        Ok("") => "empty".to_owned(),
+        Ok(text) if !text.contains(char::is_control) => text.to_owned(),
         _ => {
             let shown = &position[..position.len().min(SHOWN_BYTES_MAX)];
             let hex: String = shown.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -310,7 +311,7 @@ mod tests {
         for (position, expected) in [
             (b"1526919030474-55".as_slice(), "1526919030474-55"),
             ("größer".as_bytes(), "größer"),
-            (b"", "0x (0 bytes)"),
+            (b"", "empty"),
             (&[0, 255], "0x00ff (2 bytes)"),
             (&[7; 20], "0x07070707070707070707070707070707… (20 bytes)"),
         ] {

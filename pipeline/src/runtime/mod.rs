@@ -154,7 +154,10 @@ impl Starter {
         let store = Store::open(&graph.state_dir)?;
         if options.fresh {
             match fresh::set_aside(&graph.state_dir, &graph.sinks)? {
-                Some(aside) => warn!("the state is moved to `{}`: this run starts anew", aside.display()),
+                Some(aside) => warn!(
+                    "the state is moved to `{}`: this run starts anew, without the positions, open windows and waiting rows in it",
+                    aside.display()
+                ),
                 None => info!("there is no state to go on without"),
             }
         }
@@ -256,9 +259,11 @@ impl Starter {
         None
     }
 
-    /// A graph that has run to its end starts anew: what it wrote then stands in the history already.
+    /// A graph that has run to its end starts anew, as does one that is told to: what it wrote stands in the history already.
     fn warn_of_history_written_again(&self) {
-        if !self.graph.is_bounded() || self.options.drain || self.restored.number > 0 {
+        let reads_again = self.graph.sources.iter().any(|source| source.shape.delivery == Delivery::Replayable);
+        let starts_anew = self.graph.is_bounded() || (self.options.fresh && reads_again);
+        if !starts_anew || self.options.drain || self.restored.number > 0 {
             return;
         }
         let folders = self.history.tables().iter().map(|table| table.folder.join(&table.name));
