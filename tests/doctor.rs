@@ -92,9 +92,19 @@ fn files(folder: &Path) -> Vec<PathBuf> {
 }
 
 fn checkpoints(folder: &Path) -> Vec<PathBuf> {
-    let mut all = files(&folder.join("state"));
+    let entries = fs::read_dir(folder.join("state")).into_iter().flatten();
+    let mut all: Vec<PathBuf> = entries.map(|entry| entry.expect("an entry").path()).collect();
     all.retain(|path| path.extension().is_some_and(|extension| extension == "checkpoint"));
+    all.sort();
     all
+}
+
+/// Starts the graph on what is there, and waits until it has taken a checkpoint: then it can be stopped.
+fn start_again(folder: Scratch, yaml: &str, options: &[&str]) -> Program {
+    let last = checkpoints(folder.path()).pop();
+    let program = Program::start_with(folder, free_port(), yaml, options);
+    wait_for("a checkpoint of its own", || (checkpoints(program.scratch.path()).pop() > last).then_some(()));
+    program
 }
 
 fn flip(path: &Path, place: usize) {
@@ -110,7 +120,7 @@ fn cut(path: &Path, bytes: usize) {
 
 /// Starts again until what is in the inbox has been taken in; the history must have these values then.
 fn check_values_after_a_start(folder: Scratch, expected: &[i64]) -> Scratch {
-    let program = Program::start_in(folder, free_port(), &graph(SELDOM));
+    let program = start_again(folder, &graph(SELDOM), &[]);
     wait_for("the inbox to be taken in", || (program.pipeline("every")["rows_in"] == expected.len()).then_some(()));
     let folder = program.stop();
     assert_eq!(values(folder.path()), expected);
@@ -238,8 +248,7 @@ fn a_flipped_bit_in_an_outbox_costs_its_rows_and_the_others_still_wait() {
     run(folder.path(), &["run"], 2);
     let (mended, _) = run(folder.path(), &["doctor", "--salvage"], 0);
     assert!(mended.contains("records set aside: 1 (numbers 0)") && mended.contains("of these 1 are lost"), "{mended}");
-    let program = Program::start_in(folder, free_port(), &graph(OFTEN));
-    let folder = program.stop();
+    let folder = start_again(folder, &graph(OFTEN), &[]).stop();
     assert_eq!(state(folder.path())["outboxes"][0]["rows_waiting"], 2);
     assert_eq!(values(folder.path()), [1, 2, 3]);
 }
@@ -252,7 +261,7 @@ fn an_inbox_that_was_cut_to_nothing_is_mended_too() {
     run(folder.path(), &["run"], 2);
     let (mended, _) = run(folder.path(), &["doctor", "--salvage"], 0);
     assert!(mended.contains("records kept: 0;") && mended.contains("cannot be counted"), "{mended}");
-    let program = Program::start_in(folder, free_port(), &graph(SELDOM));
+    let program = start_again(folder, &graph(SELDOM), &[]);
     program.post("/readings", &[reading(7)]);
     assert_eq!(values(program.stop().path()), [7]);
 }
@@ -270,7 +279,7 @@ fn a_damaged_newest_checkpoint_is_told_and_a_start_takes_the_one_before() {
     let shown = state(folder.path());
     let taken: Vec<&Value> = shown["checkpoints"].as_array().expect("a list").iter().map(|c| &c["taken"]).collect();
     assert_eq!(taken, [&json!(false), &json!(true), &json!(false)], "{shown}");
-    let program = Program::start_in(folder, free_port(), &graph(OFTEN));
+    let program = start_again(folder, &graph(OFTEN), &[]);
     assert!(program.process.printed().contains(&format!("going on from checkpoint {before}")));
     assert_eq!(values(program.stop().path()), [1, 2]);
 }
@@ -307,8 +316,7 @@ fn when_no_checkpoint_is_whole_a_start_is_refused_and_fresh_goes_on_without_them
     let before = values(folder.path());
     run(folder.path(), &["run", "--fresh", "--drain"], 1);
 
-    let yaml = graph(OFTEN);
-    let program = Program::start_with(folder, free_port(), &yaml, &["--fresh"]);
+    let program = start_again(folder, &graph(OFTEN), &["--fresh"]);
     let printed = program.process.printed();
     assert!(printed.contains("the state is moved to `./state/fresh-2"), "{printed}");
     program.post("/readings", &[reading(9)]);
@@ -388,7 +396,7 @@ fn a_staged_file_that_a_checkpoint_names_is_missed_and_fresh_keeps_it() {
     fs::write(&staged[0], &bytes).expect("put back");
 
     fs::remove_file(folder.path().join("history/every")).expect("removed");
-    let program = Program::start_with(folder, free_port(), &graph(OFTEN), &["--fresh"]);
+    let program = start_again(folder, &graph(OFTEN), &["--fresh"]);
     program.post("/readings", &[reading(3)]);
     let folder = program.stop();
     assert_eq!(values(folder.path()), [3]);
