@@ -11,6 +11,7 @@ mod diamond;
 mod doctor;
 mod examples;
 mod failures;
+mod history;
 mod http;
 mod live;
 mod mqtt;

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use serde::Serialize;
 
@@ -104,7 +104,37 @@ pub struct NodeStatus {
     pub queue: AtomicU64,
     /// Newest event time given out, microseconds since 1970 UTC; `i64::MIN` if none.
     pub event_us: AtomicI64,
+    /// Of a sink with published files: what became of them.
+    pub files: OnceLock<FilesStatus>,
     state: Mutex<NodeState>,
+}
+
+/// The published files of a sink, and what was done to them since the start of the process.
+#[derive(Debug, Default)]
+pub struct FilesStatus {
+    /// Files that there are.
+    pub files: AtomicU64,
+    /// Files that were merged into fewer.
+    pub merged_files: AtomicU64,
+    /// Hours whose files were merged.
+    pub merged_hours: AtomicU64,
+    /// Hours that were removed because they had become too old.
+    pub expired_hours: AtomicU64,
+    /// Failed tries to merge or remove.
+    pub failures: AtomicU64,
+    failure: Mutex<Option<String>>,
+}
+
+impl FilesStatus {
+    /// Notes why files cannot be merged or removed, or that they can. Returns what was known before.
+    pub fn set_failure(&self, failure: Option<String>) -> Option<String> {
+        std::mem::replace(&mut lock(&self.failure), failure)
+    }
+
+    /// Why files cannot be merged or removed, time and again.
+    pub fn failure(&self) -> Option<String> {
+        lock(&self.failure).clone()
+    }
 }
 
 impl NodeStatus {
@@ -122,6 +152,7 @@ impl NodeStatus {
             polls: AtomicU64::new(0),
             queue: AtomicU64::new(0),
             event_us: AtomicI64::new(i64::MIN),
+            files: OnceLock::new(),
             state: Mutex::new(NodeState::Starting),
         }
     }
@@ -140,7 +171,8 @@ impl NodeStatus {
 /// Something that is not healthy.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Reason {
-    /// The node, such as `source devices`; `checkpoint` for the checkpoints.
+    /// The node, such as `source devices`; `sink history files` for what a sink has published; `checkpoint` for the
+    /// checkpoints.
     pub node: String,
     /// The word for its state.
     pub state: &'static str,
@@ -194,13 +226,17 @@ impl Status {
             let reason = state.reason()?.to_owned();
             Some(Reason { node: format!("{} {}", node.kind.as_str(), node.name), state: state.as_str(), reason })
         };
-        let of_checkpoint = |reason| Reason {
-            node: "checkpoint".to_owned(),
-            state: NodeState::Retrying(String::new()).as_str(),
-            reason,
+        let retrying =
+            |node: String, reason| Reason { node, state: NodeState::Retrying(String::new()).as_str(), reason };
+        let of_files = |node: &Arc<NodeStatus>| {
+            let failure = node.files.get()?.failure()?;
+            Some(retrying(format!("{} {} files", node.kind.as_str(), node.name), failure))
         };
-        let mut reasons: Vec<Reason> = self.nodes().iter().filter_map(of_node).collect();
-        reasons.extend(lock(&self.checkpoint_failure).clone().map(of_checkpoint));
+        let nodes = self.nodes();
+        let mut reasons: Vec<Reason> =
+            nodes.iter().filter_map(of_node).chain(nodes.iter().filter_map(of_files)).collect();
+        let checkpoint = lock(&self.checkpoint_failure).clone();
+        reasons.extend(checkpoint.map(|reason| retrying("checkpoint".to_owned(), reason)));
         self.was_healthy.fetch_or(reasons.is_empty(), Relaxed);
         reasons
     }

@@ -2,7 +2,7 @@
 //! publishing. Always read from the folder itself: a listing that is kept would hide new files.
 
 use std::fs::{self, DirEntry, File};
-use std::io;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -19,6 +19,39 @@ pub const DAY: &str = "dt";
 pub const HOUR: &str = "hh";
 /// Folder beside the tables with files that are durable but not published. Their names do not end in `.parquet`.
 pub const STAGE_FOLDER: &str = ".stage";
+
+/// Folder beside the tables in which an hour is built anew, and in which the files that it replaced stay for a while, so
+/// that a query that has listed them still finds them: `FOLDER/.swap/TABLE/dt=…/hh=…`. Hours that are too old go
+/// through it too.
+pub const SWAP_FOLDER: &str = ".swap";
+
+const HOUR_US: i64 = 3_600_000_000;
+
+/// A folder with the files of one hour of publishing.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct HourFolder {
+    /// UTC day of publishing, in days since 1970.
+    pub day: i32,
+    /// UTC hour of publishing, 0 to 23.
+    pub hour: i64,
+    /// Where it lies.
+    pub path: PathBuf,
+}
+
+impl HourFolder {
+    /// When the hour is over, microseconds since 1970 UTC.
+    pub fn end_us(&self) -> i64 {
+        (i64::from(self.day) * 24 + self.hour + 1) * HOUR_US
+    }
+
+    /// Its published files, by name.
+    pub fn files(&self) -> io::Result<Vec<HistoryFile>> {
+        let files = entries(&self.path)?.into_iter().filter(|(name, _)| is_published(name));
+        let mut files: Vec<_> = files.map(|(_, path)| HistoryFile { day: self.day, hour: self.hour, path }).collect();
+        files.sort_unstable();
+        Ok(files)
+    }
+}
 
 /// A published file.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -39,7 +72,6 @@ pub fn hour_folder(us: i64) -> PathBuf {
 
 /// Day and hour of publishing of `us`, as [`HistoryFile`] has them.
 pub(super) fn day_and_hour(us: i64) -> (i32, i64) {
-    const HOUR_US: i64 = 3_600_000_000;
     let hours = us.div_euclid(HOUR_US);
     (i32::try_from(hours.div_euclid(24)).unwrap_or_default(), hours.rem_euclid(24))
 }
@@ -48,19 +80,45 @@ pub(super) fn day_and_hour(us: i64) -> (i32, i64) {
 /// files that are named otherwise are passed over.
 pub fn list(table: &Path) -> io::Result<Vec<HistoryFile>> {
     let mut files = Vec::new();
-    for (day_name, day_path) in entries(table)? {
-        let Some(day) = day_name.strip_prefix("dt=").and_then(parse_day) else { continue };
-        for (hour_name, hour_path) in entries(&day_path)? {
-            let Some(hour) = hour_name.strip_prefix("hh=").and_then(parse_hour) else { continue };
-            for (name, path) in entries(&hour_path)? {
-                if name.ends_with(".parquet") && !name.starts_with(['.', '_']) {
-                    files.push(HistoryFile { day, hour, path });
-                }
-            }
+    for hour in hours(table)? {
+        files.extend(hour.files()?);
+    }
+    Ok(files)
+}
+
+/// All hour folders of a table, oldest first.
+pub fn hours(table: &Path) -> io::Result<Vec<HourFolder>> {
+    let mut hours = Vec::new();
+    for (name, path) in entries(table)? {
+        let Some(day) = name.strip_prefix("dt=").and_then(parse_day) else { continue };
+        for (name, path) in entries(&path)? {
+            let Some(hour) = name.strip_prefix("hh=").and_then(parse_hour) else { continue };
+            hours.push(HourFolder { day, hour, path });
         }
     }
-    files.sort_unstable();
-    Ok(files)
+    hours.sort_unstable();
+    Ok(hours)
+}
+
+fn is_published(name: &str) -> bool {
+    name.ends_with(".parquet") && !name.starts_with(['.', '_'])
+}
+
+/// Where a published file, or an hour folder, lies after another hour folder has taken its place: the same below
+/// [`SWAP_FOLDER`]. `None` if `path` is not below a table.
+pub fn swapped(folder: &Path, path: &Path) -> Option<PathBuf> {
+    Some(folder.join(SWAP_FOLDER).join(path.strip_prefix(folder).ok()?))
+}
+
+/// The facts of the file system about a published file of the table in `table`, where it is or where it was swapped to.
+pub(super) fn metadata(table: &Path, path: &Path) -> io::Result<fs::Metadata> {
+    match fs::metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let swapped = table.parent().and_then(|folder| swapped(folder, path)).ok_or(error)?;
+            fs::metadata(swapped)
+        }
+        found => found,
+    }
 }
 
 /// What lies in a table's folder beside its published files: names that no sink of Tailwater gives.
@@ -89,6 +147,9 @@ pub fn sink_and_checkpoint(name: &str) -> Option<(&str, u64)> {
     let mut parts = name.strip_suffix(".parquet")?.rsplitn(3, '-');
     let (part, checkpoint, sink) = (parts.next()?, parts.next()?, parts.next()?);
     part.parse::<u64>().ok()?;
+    // Merged from several: the newest of their checkpoints tells.
+    let merged = sink.rsplit_once("-compacted-").filter(|(_, first)| first.parse::<u64>().is_ok());
+    let sink = merged.map_or(sink, |(sink, _)| sink);
     Some((sink, checkpoint.parse().ok()?)).filter(|_| !sink.is_empty() && !sink.starts_with(['.', '_']))
 }
 
@@ -115,7 +176,7 @@ fn entries(folder: &Path) -> io::Result<Vec<(String, PathBuf)>> {
     let named = |entry: DirEntry| Some((entry.file_name().into_string().ok()?, entry.path()));
     match fs::read_dir(folder) {
         Ok(entries) => entries.filter_map(|entry| entry.map(named).transpose()).collect(),
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(Vec::new()),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(Vec::new()),
         Err(error) => Err(error),
     }
 }
@@ -177,6 +238,7 @@ mod tests {
         for (name, expected) in [
             ("h-12-0.parquet", Some(("h", 12))),
             ("long-name-12-3.parquet", Some(("long-name", 12))),
+            ("h-compacted-3-17-2.parquet", Some(("h", 17))),
             ("-12-3.parquet", None),
             ("_h-12-3.parquet", None),
             ("h-12.parquet", None),
@@ -185,6 +247,18 @@ mod tests {
         ] {
             assert_eq!(sink_and_checkpoint(name), expected, "{name}");
         }
+    }
+
+    #[test]
+    fn an_hour_tells_its_end_and_where_it_is_swapped_to() {
+        let folder = Path::new("/h");
+        let path = folder.join("t").join(hour_folder(parse_us("2026-11-20T23:10:00Z").expect("a time")));
+        let (day, hour) = day_and_hour(parse_us("2026-11-20T23:10:00Z").expect("a time"));
+        let hour = HourFolder { day, hour, path };
+        assert_eq!(hour.end_us(), parse_us("2026-11-21T00:00:00Z").expect("a time"));
+        let swapped_to = Path::new("/h/.swap/t/dt=2026-11-20/hh=23");
+        assert_eq!(swapped(folder, &hour.path).as_deref(), Some(swapped_to));
+        assert_eq!(swapped(Path::new("/other"), &hour.path), None);
     }
 
     #[test]

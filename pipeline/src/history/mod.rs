@@ -17,6 +17,7 @@ pub mod files;
 pub mod http;
 pub mod output;
 mod query;
+mod store;
 mod table;
 
 use std::fmt;
@@ -64,12 +65,6 @@ pub struct Table {
     pub schema: SchemaRef,
     /// Rows of the running sink that are not published yet. `None` outside the process that runs the graph.
     pub tail: Option<HistoryTail>,
-}
-
-impl Table {
-    fn files_folder(&self) -> PathBuf {
-        self.folder.join(&self.name)
-    }
 }
 
 /// What one query may use.
@@ -167,7 +162,7 @@ impl From<QueryError> for Error {
 /// The tables of one graph, and the threads that query them.
 ///
 /// Queries run on their own Tokio runtime (threads `query-0`, `query-1`, …), so that none can hold up the
-/// graph's sockets. The standard library cannot lower a thread's priority; the bounds are the number of threads
+/// graph's sockets; so does the upkeep of the files. The standard library cannot lower a thread's priority; the bounds are the number of threads
 /// and of queries.
 pub struct History {
     tables: Arc<[Table]>,
@@ -261,6 +256,20 @@ impl History {
                 hint: Some("narrow it: `WHERE dt >= …` passes over whole folders".to_owned()),
             }),
         }
+    }
+}
+
+impl History {
+    /// Runs work on files on the threads of the queries. It goes on even if nobody waits for it any more.
+    pub(crate) async fn beside_queries<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T> {
+        let runtime = self.runtime.as_ref().ok_or_else(|| Error::internal("the query threads have ended"))?;
+        runtime
+            .spawn_blocking(work)
+            .await
+            .map_err(|e| Error::internal("the work on history files broke off").because(e))
     }
 }
 

@@ -5,26 +5,42 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use arrow::array::{ArrayRef, AsArray, Date32Array, Int64Array, RecordBatch, RecordBatchOptions, new_null_array};
 use arrow::compute::cast;
-use arrow::datatypes::{FieldRef, Schema, SchemaRef};
+use arrow::datatypes::{DataType, FieldRef, Fields, Schema, SchemaRef};
 use async_trait::async_trait;
 use datafusion::catalog::{Session, TableProvider};
-use datafusion::common::{DFSchema, DataFusionError, Result, ScalarValue, project_schema};
+use datafusion::common::{
+    ColumnStatistics, DFSchema, DataFusionError, Result, ScalarValue, Statistics, project_schema,
+};
 use datafusion::datasource::listing::PartitionedFile;
 use datafusion::datasource::memory::{DataSourceExec, MemorySourceConfig};
+use datafusion::datasource::physical_plan::parquet::CachedParquetFileReaderFactory;
+use datafusion::datasource::physical_plan::parquet::metadata::DFParquetMetadata;
 use datafusion::datasource::physical_plan::{FileGroup, FileScanConfigBuilder, ParquetSource};
 use datafusion::datasource::table_schema::TableSchema;
+use datafusion::execution::cache::cache_manager::FileMetadataCache;
 use datafusion::execution::object_store::ObjectStoreUrl;
 use datafusion::logical_expr::{Expr, TableProviderFilterPushDown, TableType};
-use datafusion::object_store::{ObjectMeta, path::Path as StorePath};
+use datafusion::object_store::{ObjectMeta, ObjectStore, path::Path as StorePath};
 use datafusion::physical_expr::{PhysicalExpr, conjunction};
 use datafusion::physical_plan::ExecutionPlan;
 use datafusion::physical_plan::empty::EmptyExec;
 use datafusion::physical_plan::union::UnionExec;
+use futures::StreamExt;
 
 use super::Table;
 use super::files::{self, DAY, HOUR, HistoryFile, day_and_hour, file_schema, place_columns};
 use crate::plugin::HistoryTail;
 use crate::time::now_us;
+
+/// Most files whose footers are read before a query is planned. More are small ones that are not merged yet, and their
+/// footers would be read for nothing.
+const STATISTICS_FILES_MAX: usize = 512;
+
+/// Size of the pieces in which files are dealt out to threads: one or two groups of rows of a merged file.
+const PIECE_BYTES: u64 = 2 << 20;
+
+/// Footers that are read at one time.
+const FOOTERS_AT_ONCE: usize = 8;
 
 /// A table for the time of one query: every scan of it sees the same rows.
 #[derive(Debug)]
@@ -46,8 +62,10 @@ struct Snapshot {
 impl QueriedTable {
     pub(super) fn new(table: &Table) -> Self {
         Self {
-            folder: table.files_folder(),
-            schema: TableSchema::builder(file_schema(&table.schema)).with_table_partition_cols(place_columns()).build(),
+            folder: real_folder(&table.folder).join(&table.name),
+            schema: TableSchema::builder(with_views(&file_schema(&table.schema)))
+                .with_table_partition_cols(place_columns())
+                .build(),
             tail: table.tail.clone(),
             snapshot: Mutex::default(),
         }
@@ -56,7 +74,7 @@ impl QueriedTable {
     /// Whether a file that this query counted on is gone.
     pub(super) fn lost_a_file(&self) -> bool {
         let snapshot = self.snapshot.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        snapshot.is_some_and(|s| s.files.iter().any(|file| !file.path.exists()))
+        snapshot.is_some_and(|s| s.files.iter().any(|file| files::metadata(&self.folder, &file.path).is_err()))
     }
 
     fn snapshot(&self) -> Result<Arc<Snapshot>> {
@@ -83,7 +101,7 @@ impl QueriedTable {
     }
 
     /// Reads the files that may hold wanted rows.
-    fn scan_files(
+    async fn scan_files(
         &self,
         state: &dyn Session,
         files: &[HistoryFile],
@@ -95,19 +113,73 @@ impl QueriedTable {
         if files.is_empty() {
             return Ok(None);
         }
-        let files = files.into_iter().map(partitioned_file).collect::<Result<Vec<_>>>()?;
-        let groups = FileGroup::new(files).split_files(state.config().target_partitions());
+        let files = files.into_iter().map(|file| self.partitioned(file)).collect::<Result<Vec<_>>>()?;
+        let store = state.runtime_env().object_store(ObjectStoreUrl::local_filesystem())?;
+        let cache = state.runtime_env().cache_manager.get_file_metadata_cache();
+        let files = self.with_statistics(files, &store, &cache).await;
+        let schema = self.schema.table_schema();
+        let told: Option<Vec<&Statistics>> = files.iter().map(|file| file.statistics.as_deref()).collect();
+        let statistics = match told {
+            Some(told) => Statistics::try_merge_iter(told, schema)?,
+            None => Statistics::new_unknown(schema),
+        };
+        let predicate = physical_filter(state, filters, schema)?;
+        let threads = state.config().target_partitions();
+        let groups = match predicate {
+            Some(_) => dealt_out(&files, threads),
+            None => FileGroup::new(files).split_files(threads),
+        };
         let options = state.default_table_options().parquet;
-        let mut source = ParquetSource::new(self.schema.clone()).with_table_parquet_options(options);
-        if let Some(predicate) = physical_filter(state, filters, self.schema.table_schema())? {
+        let reader = Arc::new(CachedParquetFileReaderFactory::new(store, cache));
+        let mut source = ParquetSource::new(self.schema.clone())
+            .with_table_parquet_options(options)
+            .with_parquet_file_reader_factory(reader);
+        if let Some(predicate) = predicate {
             source = source.with_predicate(predicate);
         }
         let config = FileScanConfigBuilder::new(ObjectStoreUrl::local_filesystem(), Arc::new(source))
             .with_file_groups(groups)
+            .with_statistics(statistics)
             .with_projection_indices(projection.cloned())?
             .with_limit(limit)
             .build();
         Ok(Some(DataSourceExec::from_data_source(config)))
+    }
+
+    /// With what the footers tell of rows and values, if the files are few: then whole files are ruled out before they
+    /// are opened, and a count is known without reading a row.
+    async fn with_statistics(
+        &self,
+        files: Vec<PartitionedFile>,
+        store: &Arc<dyn ObjectStore>,
+        cache: &Arc<FileMetadataCache>,
+    ) -> Vec<PartitionedFile> {
+        if files.len() > STATISTICS_FILES_MAX {
+            return files;
+        }
+        let told = files.into_iter().map(async |file| {
+            let footer = DFParquetMetadata::new(store.as_ref(), &file.object_meta);
+            let footer = footer.with_file_metadata_cache(Some(Arc::clone(cache)));
+            match footer.fetch_statistics(self.schema.file_schema()).await {
+                Ok(statistics) => file.with_statistics(Arc::new(reliable(statistics, self.schema.file_schema()))),
+                // Whoever reads it will say what is wrong with it.
+                Err(_) => file,
+            }
+        });
+        futures::stream::iter(told).buffered(FOOTERS_AT_ONCE).collect().await
+    }
+
+    fn partitioned(&self, file: &HistoryFile) -> Result<PartitionedFile> {
+        let metadata = files::metadata(&self.folder, &file.path).map_err(DataFusionError::IoError)?;
+        let meta = ObjectMeta {
+            location: store_path(&file.path)?,
+            last_modified: metadata.modified().map_err(DataFusionError::IoError)?.into(),
+            size: metadata.len(),
+            e_tag: None,
+            version: None,
+        };
+        let place = vec![ScalarValue::Date32(Some(file.day)), ScalarValue::Int64(Some(file.hour))];
+        Ok(PartitionedFile::new_from_meta(meta).with_partition_values(place))
     }
 
     /// Reads the rows that are not published yet. They count as published now.
@@ -149,7 +221,7 @@ impl TableProvider for QueriedTable {
         limit: Option<usize>,
     ) -> Result<Arc<dyn ExecutionPlan>> {
         let snapshot = self.snapshot()?;
-        let files = self.scan_files(state, &snapshot.files, projection, filters, limit)?;
+        let files = self.scan_files(state, &snapshot.files, projection, filters, limit).await?;
         let tail = self.scan_tail(&snapshot, projection)?;
         let inputs: Vec<_> = files.into_iter().chain(tail).collect();
         if inputs.is_empty() {
@@ -157,6 +229,45 @@ impl TableProvider for QueriedTable {
         }
         UnionExec::try_new(inputs)
     }
+}
+
+/// Pieces of the files, dealt out to the threads in turn: rows of one time lie together, and a filter for that time must not
+/// leave them all to one thread.
+fn dealt_out(files: &[PartitionedFile], threads: usize) -> Vec<FileGroup> {
+    let mut hands = vec![Vec::new(); threads.max(1)];
+    // A file of no bytes is a piece too: whoever opens it says what is wrong with it.
+    let size = |file: &PartitionedFile| file.object_meta.size.max(1);
+    let piece = |file: &PartitionedFile, start: u64| {
+        let end = (start + PIECE_BYTES).min(size(file));
+        file.clone().with_range(start as i64, end as i64)
+    };
+    let starts = |file: &PartitionedFile| (0..size(file)).step_by(PIECE_BYTES as usize);
+    let pieces = files.iter().flat_map(|file| starts(file).map(move |start| piece(file, start)));
+    for (index, piece) in pieces.enumerate() {
+        hands[index % threads.max(1)].push(piece);
+    }
+    hands.into_iter().filter(|hand| !hand.is_empty()).map(FileGroup::new).collect()
+}
+
+/// Least and greatest values only of columns for which Parquet and SQL agree on them: not of texts, which a footer may
+/// have cut, nor of floats, where a footer passes over NaN.
+fn reliable(mut statistics: Statistics, schema: &SchemaRef) -> Statistics {
+    for (column, field) in statistics.column_statistics.iter_mut().zip(schema.fields()) {
+        let agreed = matches!(field.data_type(), DataType::Int64 | DataType::Timestamp(..) | DataType::Date32);
+        if !agreed {
+            *column = ColumnStatistics { null_count: column.null_count, ..ColumnStatistics::new_unknown() };
+        }
+    }
+    statistics
+}
+
+/// The same columns with texts as views: groups and filters over them are faster.
+fn with_views(schema: &SchemaRef) -> SchemaRef {
+    let view = |field: &FieldRef| match field.data_type() {
+        DataType::Utf8 => Arc::new(field.as_ref().clone().with_data_type(DataType::Utf8View)),
+        _ => Arc::clone(field),
+    };
+    Arc::new(Schema::new(schema.fields().iter().map(view).collect::<Fields>()))
 }
 
 /// The files whose day and hour of publishing pass every filter that names nothing else.
@@ -189,20 +300,12 @@ fn physical_filter(state: &dyn Session, filters: &[Expr], schema: &SchemaRef) ->
     Ok((!planned.is_empty()).then(|| conjunction(planned)))
 }
 
-fn partitioned_file(file: &HistoryFile) -> Result<PartitionedFile> {
-    let metadata = std::fs::metadata(&file.path).map_err(DataFusionError::IoError)?;
-    let meta = ObjectMeta {
-        location: store_path(&file.path)?,
-        last_modified: metadata.modified().map_err(DataFusionError::IoError)?.into(),
-        size: metadata.len(),
-        e_tag: None,
-        version: None,
-    };
-    let place = vec![ScalarValue::Date32(Some(file.day)), ScalarValue::Int64(Some(file.hour))];
-    Ok(PartitionedFile::new_from_meta(meta).with_partition_values(place))
+/// The folder without `..` and links, which the paths of an object store cannot have. One that is not there stays as it is.
+pub(super) fn real_folder(folder: &Path) -> PathBuf {
+    std::fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned())
 }
 
-fn store_path(path: &Path) -> Result<StorePath> {
+pub(super) fn store_path(path: &Path) -> Result<StorePath> {
     let absolute = std::path::absolute(path).map_err(DataFusionError::IoError)?;
     StorePath::from_absolute_path(absolute).map_err(|e| DataFusionError::External(Box::new(e)))
 }

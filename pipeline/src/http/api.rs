@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use async_trait::async_trait;
@@ -16,7 +17,7 @@ use crate::history::History;
 use crate::history::http::QueryHandler;
 use crate::live::{KeyText, Latest, Live};
 use crate::schema::type_word;
-use crate::status::{NodeKind, NodeState, NodeStatus};
+use crate::status::{FilesStatus, NodeKind, NodeState, NodeStatus};
 use crate::time::{format_us, now_us};
 
 /// Where the latest rows of a metric are: below this.
@@ -294,8 +295,25 @@ fn node_status(node: &NodeStatus) -> Value {
     if let Some(reason) = state.reason() {
         status["reason"] = reason.into();
     }
+    if let Some(files) = node.files.get() {
+        for (_, name, _, read) in FILE_FAMILIES {
+            status[name] = read(files).load(Relaxed).into();
+        }
+    }
     status
 }
+
+/// Kind, name, help, and where it is counted.
+type FileFamily = (&'static str, &'static str, &'static str, fn(&FilesStatus) -> &AtomicU64);
+
+/// What `/metrics` and the API tell of a sink's published files.
+const FILE_FAMILIES: [FileFamily; 5] = [
+    ("gauge", "files", "Published files.", |f| &f.files),
+    ("counter", "merged_files", "Published files that were merged into fewer.", |f| &f.merged_files),
+    ("counter", "merged_hours", "Hours of history whose files were merged.", |f| &f.merged_hours),
+    ("counter", "expired_hours", "Hours of history removed by their age.", |f| &f.expired_hours),
+    ("counter", "files_failures", "Failed tries to merge or remove published files.", |f| &f.failures),
+];
 
 /// The text format of Prometheus, version 0.0.4.
 fn prometheus(live: &Live) -> String {
@@ -327,6 +345,13 @@ fn prometheus(live: &Live) -> String {
             let (kind, node_name, type_name) = (node.kind.as_str(), &node.name, &node.type_name);
             let _ =
                 writeln!(text, "{name}{{kind=\"{kind}\",node=\"{node_name}\",type=\"{type_name}\"}} {}", read(node));
+        }
+    }
+    for (kind, name, help, read) in FILE_FAMILIES {
+        let name = format!("tailwater_{name}{}", if kind == "counter" { "_total" } else { "" });
+        let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
+        for (node, files) in nodes.iter().filter_map(|node| Some((node, node.files.get()?))) {
+            let _ = writeln!(text, "{name}{{sink=\"{}\"}} {}", node.name, read(files).load(Relaxed));
         }
     }
     let totals = live.status.connections.totals();

@@ -141,11 +141,48 @@ pub trait StagingSink: Send {
     fn prepare(&mut self, checkpoint: u64, end: bool, state: &mut StateWriter) -> Result<()>;
 
     /// The checkpoint is durable: makes its staged files visible. Repeatable: a file already visible is fine.
-    fn commit(&mut self, checkpoint: u64) -> Result<()>;
+    /// `oldest_kept` is the oldest checkpoint that a start could still go on from: rows that became visible with a
+    /// later one may come again, those of an earlier one may not.
+    fn commit(&mut self, checkpoint: u64, oldest_kept: u64) -> Result<()>;
 
     /// Takes over the state of checkpoint `checkpoint`, then publishes its staged files as `commit` does and
-    /// removes staged files that no checkpoint names. Called before any batch; without a checkpoint too.
+    /// removes staged files that no checkpoint names. Called before any batch; without a checkpoint (number 0, no
+    /// state: the run starts anew) and without a state of this sink too. What later checkpoints had made visible is
+    /// taken back: its rows come again.
     fn restore(&mut self, checkpoint: u64, state: Option<&mut StateReader<'_>>) -> Result<()>;
+
+    /// What looks after the published files beside the stream, if anything does. Asked for once, after `restore`.
+    fn upkeep(&self) -> Option<Arc<dyn Upkeep>> {
+        None
+    }
+}
+
+/// Looks after the published files of a sink while it runs: merges small ones, removes old ones.
+///
+/// The engine calls it on the threads of the queries, never on those of the stream, one step of one sink at a time:
+/// again soon while there is [more](Upkept::more) to do, else every few seconds, and with back-off after an error. The
+/// process may be killed, or end, at any instruction of a step.
+pub trait Upkeep: Send + Sync {
+    /// Does the next piece of work, if there is one; may work on the disk for minutes. `now_us` is the wall clock.
+    ///
+    /// # Errors
+    /// Nothing was changed that a reader could see. An error that repeats itself is shown by `/health`.
+    fn step(&self, now_us: i64) -> Result<Upkept>;
+}
+
+/// What one step of [`Upkeep`] did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Upkept {
+    /// There is more to do now.
+    pub more: bool,
+    /// Published files that there are.
+    pub files: u64,
+    /// Files that were merged into fewer.
+    pub merged_files: u64,
+    /// Hours whose files were merged.
+    pub merged_hours: u64,
+    /// Hours that were removed because they had become too old.
+    pub expired_hours: u64,
 }
 
 /// Delivers rows to another server. The engine owns the outbox and the retries.

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tracing::warn;
@@ -29,6 +30,12 @@ const RECORD: u8 = 0;
 
 /// Bytes that one write takes: enough to make a sync cheap, little enough that nobody waits long for it.
 const GROUP_BYTES_MAX: usize = 1 << 20;
+
+/// Records of a group, from which on the next group waits a moment to fill: under load fewer, larger writes leave more of
+/// the machine to the messages themselves. Senders that wait for each answer never get there.
+const GROUP_RECORDS_BUSY: u64 = 64;
+/// That moment.
+const GATHER: Duration = Duration::from_millis(1);
 
 /// Bytes received that are not on disk yet, at which no more is taken in: the disk is full, or too slow.
 const WAITING_BYTES_MAX: usize = 64 << 20;
@@ -289,7 +296,13 @@ struct Writer {
 impl Writer {
     /// Runs until the engine's end is dropped, or the disk cannot be trusted any more.
     fn run(mut self) {
+        let mut before = self.log.next_lsn();
         while let Ok(command) = self.commands.recv() {
+            let group = self.log.next_lsn() - before;
+            before = self.log.next_lsn();
+            if group >= GROUP_RECORDS_BUSY {
+                thread::sleep(GATHER);
+            }
             let mut trim = None;
             let mut next = Some(command);
             while let Some(command) = next.take() {

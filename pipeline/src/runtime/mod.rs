@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Three pools of threads: `io` for sockets, sinks and the HTTP surface; `operators` for intake and pipelines;
-//! `query` for history.
+//! `query` for history: its queries, and the upkeep of its files.
 
 mod back_off;
 mod clock;
@@ -25,6 +25,7 @@ mod queue;
 mod reader_task;
 mod sink_task;
 mod store;
+mod upkeep_task;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
@@ -65,6 +66,7 @@ use queue::{Receiver, queue};
 use reader_task::{ARRIVALS_MAX, ReaderTask};
 use sink_task::{Running, SinkTask};
 use store::{Checkpoint, Store};
+use upkeep_task::UpkeepTask;
 
 /// How often demand is looked at even if nothing changed: the minute after a `GET` ends by itself.
 const DEMAND_EVERY: Duration = Duration::from_secs(1);
@@ -105,11 +107,13 @@ pub struct Outcome {
     pub failed: Vec<(String, String)>,
 }
 
-/// Runs the graph until it ends or `stop` resolves. Blocks the calling thread.
-pub fn run(graph: Graph, options: Options, stop: impl Future<Output = ()> + Send) -> Result<Outcome> {
+/// Runs the graph until it ends or what `stop` gives resolves; `stop` is called first of all, within the runtime. Blocks
+/// the calling thread.
+pub fn run<S: Future<Output = ()> + Send>(graph: Graph, options: Options, stop: impl FnOnce() -> S) -> Result<Outcome> {
     let io = pool("io")?;
     let operators = pool("operators")?;
     let result = io.block_on(async {
+        let stop = stop();
         let started = Starter::new(graph, options, operators.handle().clone()).await?;
         started.run(stop).await
     });
@@ -185,7 +189,7 @@ impl Starter {
         let summary = api::Summary::new(&sources, &pipelines, &sinks);
         let wanted = Wanted::new(&sources, &pipelines, &sinks);
         let (reporter, reports) = mpsc::channel(SIGNALS_MAX);
-        let mut nodes = Nodes::new(reporter);
+        let mut nodes = Nodes::new(reporter, &self.history);
         let source_status: Vec<_> =
             sources.iter().map(|s| self.status.node(NodeKind::Source, &s.name, &s.type_name)).collect();
 
@@ -314,6 +318,7 @@ impl Starter {
             told_idle: false,
             failed: false,
             failed_rows: 0,
+            state_bytes: 0,
             key,
         };
         if let Some(state) = self.restored(&task.key, pipeline.fingerprint) {
@@ -356,6 +361,9 @@ impl Starter {
                 let mut reader = state.map(StateReader::new);
                 staging.restore(self.restored.number, reader.as_mut()).map_err(|e| e.context(&key))?;
                 nodes.commits.insert(key.clone(), commit.clone());
+                if let Some(upkeep) = staging.upkeep() {
+                    nodes.upkeep.add(upkeep, &status);
+                }
                 Running::Staging(staging)
             }
             Sink::Outbox(outbox_sink, limits) => {
@@ -493,6 +501,7 @@ struct Nodes {
     pipelines: Vec<PipelineTask>,
     sinks: Vec<SinkTask>,
     deliveries: Vec<DeliveryTask>,
+    upkeep: UpkeepTask,
     /// Each source holds a clone until it has tried to connect.
     trying: watch::Sender<()>,
 }
@@ -508,9 +517,10 @@ struct Started {
 }
 
 impl Nodes {
-    fn new(reporter: mpsc::Sender<Report>) -> Self {
+    fn new(reporter: mpsc::Sender<Report>, history: &Arc<History>) -> Self {
         Self {
             reporter,
+            upkeep: UpkeepTask::new(Arc::clone(history)),
             outlets: Outlets::default(),
             fingerprints: BTreeMap::new(),
             controls: Vec::new(),
@@ -545,6 +555,7 @@ impl Nodes {
         for task in self.pipelines {
             operators.spawn(watched(task.key.clone(), self.reporter.clone(), task.run()));
         }
+        tokio::spawn(self.upkeep.run());
         let mut readers = Vec::new();
         for (intake, reader) in self.sources {
             let key = intake.key.clone();

@@ -177,7 +177,7 @@ impl SinkTask {
                 }
                 Ok(())
             }
-            Running::Staging(sink) => blocking(|| sink.commit(checkpoint)),
+            Running::Staging(sink) => blocking(|| sink.commit(checkpoint, oldest_kept)),
             Running::Live(_) => Ok(()),
         };
         match &result {

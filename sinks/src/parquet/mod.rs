@@ -1,26 +1,37 @@
 //! `parquet`: history in Parquet files, each row in exactly one of them.
 
+mod aside;
 mod file;
+mod ledger;
+mod merge;
+mod names;
+mod open;
 mod state;
 #[cfg(test)]
 mod tests;
+mod upkeep;
 
 use std::path::{Path, PathBuf};
-use std::sync::PoisonError;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, PoisonError};
 
-use arrow::array::{Array, RecordBatch};
-use arrow::compute::concat_batches;
+use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
-use pipeline::batch::{BATCH_ROWS_MAX, Batch, Stage, with_hidden_columns};
+use pipeline::batch::{Batch, Stage, with_hidden_columns};
 use pipeline::config::{At, ByteSize, CheckContext, Duration};
 use pipeline::error::{Error, Result};
-use pipeline::history::files::{self, DAY, HOUR, STAGE_FOLDER, hour_folder};
-use pipeline::plugin::{self, HistoryTail, Sink, SinkConfig, SinkContext, SinkInput, SinkShape, StagingSink};
+use pipeline::history::files::{self, DAY, HOUR, HistoryFile, STAGE_FOLDER, hour_folder};
+use pipeline::plugin::{self, HistoryTail, Sink, SinkConfig, SinkContext, SinkInput, SinkShape, StagingSink, Upkeep};
 use pipeline::schema::type_word;
 use pipeline::state::{StateReader, StateWriter};
 use pipeline::time::now_us;
 use schemars::JsonSchema;
 use serde::Deserialize;
+
+use ledger::Ledger;
+use names::FileName;
+use open::{Facts, Input, Open, bytes_of};
+use upkeep::{HistoryUpkeep, Shared};
 
 const PAGE: &str = "\
 Writes history as Parquet files, each row in exactly one of them, for SQL and any other reader of Parquet.
@@ -35,6 +46,10 @@ columns of these names. Rows stand in the order of arrival. The footer tells by 
 `tailwater.pipeline`, `tailwater.sink`, `tailwater.first_batch` and `tailwater.last_batch` (numbers of the pipeline's
 output batches, as live frames have them), `tailwater.event_time_min` and `tailwater.event_time_max`.
 
+Once an hour is over, its files are merged into few of about 128 MiB, `SINK-compacted-FIRST-LAST-PART.parquet`, where
+FIRST and LAST are the checkpoints between which their rows came. The rows and their order stay the same. With `keep`,
+hours that are older are removed, folder by folder.
+
 Query it with `pipeline query`, over HTTP, or with any reader of Parquet, such as DuckDB:
 `SELECT * FROM read_parquet('history/PIPELINE/**/*.parquet', hive_partitioning = true, union_by_name = true)`.
 
@@ -42,6 +57,15 @@ Query it with `pipeline query`, over HTTP, or with any reader of Parquet, such a
 Exactly once, through `kill -9` at any instruction. Rows are written to `PATH/.stage` and synced to the disk, their
 files named in a checkpoint, and after it renamed into place. Rows not worth a file yet are in the checkpoint itself.
 A final or revised row is kept as it comes, a partial one is not.
+
+Merging builds the hour anew in `PATH/.swap`, then exchanges the two folders in one instant; the old files stay there for
+a minute. A query sees the files from before or from after, never both; `pipeline query` needs no lock for it. Another
+reader of Parquet, too, sees one set or the other, or finds that a file it has listed is no longer there: an error, and it
+must list anew. Name a pipeline's folder to such a reader, not `PATH`, which holds `.swap` as well.
+
+A start that cannot read the newest checkpoint goes on from one before it. Files that were published since are moved to
+`PATH/.aside`, with a warning that names them, for their rows come again. Only files that no kept checkpoint can make come
+again are merged or removed.
 
 ## Limits
 A row waits at most `roll` and one checkpoint until its file appears. 32 MiB of rows that wait make a file at once,
@@ -51,9 +75,14 @@ a staged file are left out of queries until they are published.
 A column may come (older files read as null) or go. Its type may not change: give the column a new name.
 `dt` and `hh` cannot be columns.
 
+Merging needs a file system that can exchange two folders (ext4, xfs, btrfs and tmpfs can; others are told in one
+warning) and twice the room of an hour; it works beside the stream, on the threads of the queries. Hours of a pipeline that
+is no longer in the file are neither merged nor removed, nor are hours merged in which files of other names lie.
+
 ## Fails when
 the folder cannot be written or the disk is full: rows are kept, the sources wait, and it is tried again. A staged file
-that a checkpoint names and that is gone stops the sink.
+that a checkpoint names and that is gone stops the sink. A damaged file keeps its hour from being merged; `/health` names
+it.
 ";
 
 /// Most bytes of waiting rows that a checkpoint carries. Each checkpoint (every second) writes them anew, so
@@ -81,6 +110,9 @@ pub struct ParquetConfig {
     /// `128MiB`: one file that a reader's threads can share.
     #[serde(default = "default_roll_size")]
     pub roll_size: At<ByteSize>,
+    /// Age at which history is removed, by whole hours of publishing, such as `30d`. Default: never, because only its
+    /// owner knows when it has served.
+    pub keep: Option<At<Duration>>,
 }
 
 fn default_roll() -> Duration {
@@ -103,6 +135,13 @@ impl SinkConfig for ParquetConfig {
         }
         if self.roll_size.0 == 0 {
             cx.error(self.roll_size.position, "`roll_size` is more than nothing; the default is `128MiB`");
+        }
+        if let Some(keep) = self.keep.as_ref().filter(|keep| keep.value < self.roll) {
+            cx.error_hint(
+                keep.position,
+                format!("`keep` ({}) is shorter than `roll` ({})", keep.value, self.roll),
+                Some("history is removed by whole hours: keep an hour or more, such as `30d`".to_owned()),
+            );
         }
         for input in inputs {
             check_columns(input, cx);
@@ -157,35 +196,8 @@ pub struct ParquetSink {
     staged: Vec<StagedFile>,
     /// Counts staged files since the start, so that no two have one name.
     serial: u64,
-}
-
-/// One pipeline.
-struct Input {
-    metric: String,
-    /// Columns of its files.
-    schema: SchemaRef,
-    tail: Option<HistoryTail>,
-    open: Open,
-}
-
-/// Rows that are in no file yet.
-#[derive(Debug, Default)]
-struct Open {
-    batches: Vec<RecordBatch>,
-    bytes: usize,
-    /// What the footer will say; `None` while there is no row.
-    facts: Option<Facts>,
-}
-
-/// What is known of some rows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Facts {
-    first_batch: u64,
-    last_batch: u64,
-    event_min_us: i64,
-    event_max_us: i64,
-    /// When the oldest row came to this sink, by the wall clock: it counts through a restart.
-    since_us: i64,
+    keep_us: Option<i64>,
+    shared: Arc<Shared>,
 }
 
 /// A file that is durable and invisible.
@@ -212,18 +224,6 @@ struct Target {
     path: PathBuf,
 }
 
-impl Facts {
-    fn merge(self, other: Self) -> Self {
-        Self {
-            first_batch: self.first_batch.min(other.first_batch),
-            last_batch: self.last_batch.max(other.last_batch),
-            event_min_us: self.event_min_us.min(other.event_min_us),
-            event_max_us: self.event_max_us.max(other.event_max_us),
-            since_us: self.since_us.min(other.since_us),
-        }
-    }
-}
-
 impl StagingSink for ParquetSink {
     fn write(&mut self, input: usize, batch: &Batch, number: u64) -> Result<()> {
         self.write_at(input, batch, number, now_us())
@@ -233,30 +233,41 @@ impl StagingSink for ParquetSink {
         self.prepare_at(checkpoint, end, now_us(), state)
     }
 
-    fn commit(&mut self, checkpoint: u64) -> Result<()> {
-        let in_time = |file: &StagedFile| file.target.as_ref().is_some_and(|t| t.checkpoint <= checkpoint);
-        while let Some(position) = self.staged.iter().position(in_time) {
-            let file = &mut self.staged[position];
-            let tail = file.input.and_then(|index| self.inputs[index].tail.as_ref());
-            publish(&self.root, file, tail)?;
-            self.staged.remove(position);
-        }
-        Ok(())
+    fn commit(&mut self, checkpoint: u64, oldest_kept: u64) -> Result<()> {
+        self.shared.ledger().forget_before(oldest_kept);
+        self.publish(checkpoint)
     }
 
     fn restore(&mut self, checkpoint: u64, state: Option<&mut StateReader<'_>>) -> Result<()> {
         self.forget();
+        let metrics = self.metrics();
         let restored = state.map(state::read).transpose()?.unwrap_or_default();
+        let strangers = match checkpoint {
+            0 => aside::highest_number(&self.root, &self.name, &metrics)?,
+            _ => restored.strangers,
+        };
+        let mut ledger = Ledger::new(checkpoint, strangers);
+        let taken_back = aside::take_back(&self.root, &self.name, &metrics, &ledger)?;
+        self.shared.fewer(taken_back as u64);
         for file in restored.staged {
+            if let Some(target) = &file.target {
+                ledger.name(&target.path, checkpoint);
+            }
             let input = self.inputs.iter().position(|i| i.metric == file.metric);
             self.staged.push(StagedFile { input, ..file });
         }
-        self.commit(checkpoint)?;
+        *self.shared.ledger() = ledger;
+        self.publish(checkpoint)?;
         file::remove_stale(&self.stage_folder(), &self.name)?;
+        upkeep::clean(&self.root, &metrics)?;
         for open in restored.open {
             self.take_back(open)?;
         }
         Ok(())
+    }
+
+    fn upkeep(&self) -> Option<Arc<dyn Upkeep>> {
+        Some(Arc::new(self.history_upkeep()))
     }
 }
 
@@ -265,16 +276,43 @@ impl ParquetSink {
     pub fn new(config: &ParquetConfig, cx: SinkContext) -> Result<Self> {
         let root = cx.folder.join(&config.path.value);
         file::create_folder(&root.join(STAGE_FOLDER))?;
+        let shared = Arc::new(Shared::default());
         let mut tails = cx.tails.into_iter();
         let mut inputs = Vec::with_capacity(cx.inputs.len());
         for SinkInput { metric, shape } in cx.inputs {
             let schema = with_hidden_columns(&shape.schema);
-            refuse_changed_types(&root.join(&metric), &metric, &schema)?;
+            let table = root.join(&metric);
+            let files = files::list(&table).map_err(file::failed("list", &table))?;
+            refuse_changed_types(&table, &files, &metric, &schema)?;
+            shared.files.fetch_add(files.len() as u64, Relaxed);
             inputs.push(Input { metric, schema, tail: tails.next(), open: Open::default() });
         }
         let roll_bytes = usize::try_from(config.roll_size.0).unwrap_or(usize::MAX);
         let (name, roll_us) = (cx.name, config.roll.as_us());
-        Ok(Self { name, root, roll_us, roll_bytes, inputs, staged: Vec::new(), serial: 0 })
+        let keep_us = config.keep.as_ref().map(|keep| keep.as_us());
+        Ok(Self { name, root, roll_us, roll_bytes, inputs, staged: Vec::new(), serial: 0, keep_us, shared })
+    }
+
+    fn history_upkeep(&self) -> HistoryUpkeep {
+        let (name, root, shared) = (self.name.clone(), self.root.clone(), Arc::clone(&self.shared));
+        HistoryUpkeep::new(name, root, self.metrics(), self.keep_us, shared)
+    }
+
+    fn metrics(&self) -> Vec<String> {
+        self.inputs.iter().map(|input| input.metric.clone()).collect()
+    }
+
+    /// Publishes the staged files that a checkpoint up to this one names.
+    fn publish(&mut self, checkpoint: u64) -> Result<()> {
+        let in_time = |file: &StagedFile| file.target.as_ref().is_some_and(|t| t.checkpoint <= checkpoint);
+        while let Some(position) = self.staged.iter().position(in_time) {
+            let file = &mut self.staged[position];
+            let tail = file.input.and_then(|index| self.inputs[index].tail.as_ref());
+            let is_new = publish(&self.root, file, tail)?;
+            self.shared.files.fetch_add(u64::from(is_new && file.input.is_some()), Relaxed);
+            self.staged.remove(position);
+        }
+        Ok(())
     }
 
     fn stage_folder(&self) -> PathBuf {
@@ -315,22 +353,29 @@ impl ParquetSink {
             self.stage_largest()?;
         }
         self.name_files(checkpoint, now_us);
-        state::write(state, &self.staged, &self.inputs)
+        let strangers = self.shared.ledger().strangers();
+        state::write(state, strangers, &self.staged, &self.inputs)
     }
 
     /// Gives every staged file that has none its final name, one that no file has: a run that starts without
-    /// its old checkpoints counts them from 1 again.
+    /// its old checkpoints may count them from an older clock.
     fn name_files(&mut self, checkpoint: u64, now_us: i64) {
+        // Held until all are named: the upkeep takes no hour away between the choice of a name and its entry here.
+        let shared = Arc::clone(&self.shared);
+        let mut ledger = shared.ledger();
         for index in 0..self.staged.len() {
-            if self.staged[index].target.is_some() {
+            if let Some(target) = &self.staged[index].target {
+                ledger.name(&target.path, checkpoint);
                 continue;
             }
             let folder = Path::new(&self.staged[index].metric).join(hour_folder(now_us));
-            let path =
-                (0u64..).map(|part| folder.join(format!("{}-{checkpoint}-{part}.parquet", self.name))).find(|path| {
+            let path = (0u64..).map(|part| folder.join(FileName::published(checkpoint, part).write(&self.name))).find(
+                |path| {
                     let promised = self.staged.iter().any(|f| f.target.as_ref().is_some_and(|t| t.path == *path));
                     !promised && !self.root.join(path).exists()
-                });
+                },
+            );
+            path.iter().for_each(|path| ledger.name(path, checkpoint));
             self.staged[index].target = path.map(|path| Target { checkpoint, path });
         }
     }
@@ -424,56 +469,27 @@ impl ParquetSink {
     }
 }
 
-impl Input {
-    /// Adds rows, joined with the small batches before them: a batch of one row costs a checkpoint and a query as
-    /// much as one of a hundred. A batch only joins one that is not larger, so that a row is copied few times.
-    fn push(&mut self, rows: RecordBatch, bytes: usize, facts: Facts) -> Result<()> {
-        let batches = &self.open.batches;
-        let (mut keep, mut total) = (batches.len(), rows.num_rows());
-        while let Some(before) = keep.checked_sub(1).map(|index| batches[index].num_rows()) {
-            if before > total || before + total > BATCH_ROWS_MAX {
-                break;
-            }
-            keep -= 1;
-            total += before;
-        }
-        let joined = batches.len() - keep;
-        let rows = match joined {
-            0 => rows,
-            _ => concat_batches(&self.schema, batches[keep..].iter().chain([&rows]))?,
-        };
-        self.open.batches.truncate(keep);
-        self.open.batches.push(rows.clone());
-        self.open.bytes += bytes;
-        self.open.facts = Some(self.open.facts.map_or(facts, |known| known.merge(facts)));
-        if let Some(tail) = &self.tail {
-            let mut tail = tail.write().unwrap_or_else(PoisonError::into_inner);
-            let kept = tail.len().saturating_sub(joined);
-            tail.truncate(kept);
-            tail.push(rows);
-        }
-        Ok(())
-    }
-}
-
-/// Renames a staged file into place and drops its rows from the tail, in one lock; then syncs both folders.
-fn publish(root: &Path, staged: &mut StagedFile, tail: Option<&HistoryTail>) -> Result<()> {
-    let Some(target) = staged.target.clone() else { return Ok(()) };
+/// Renames a staged file into place and drops its rows from the tail, in one lock; then syncs both folders. Returns
+/// whether it was not there before.
+fn publish(root: &Path, staged: &mut StagedFile, tail: Option<&HistoryTail>) -> Result<bool> {
+    let Some(target) = staged.target.clone() else { return Ok(false) };
     let stage_folder = root.join(STAGE_FOLDER);
     let (from, to) = (stage_folder.join(&staged.stage), root.join(&target.path));
     let folder = to.parent().unwrap_or(root);
     file::create_folder(folder)?;
-    {
+    let is_new = {
         let mut rows = tail.map(|tail| tail.write().unwrap_or_else(PoisonError::into_inner));
-        file::move_into_place(&from, &to)?;
+        let is_new = file::move_into_place(&from, &to)?;
         if let Some(rows) = &mut rows {
             let gone = staged.tail_batches.min(rows.len());
             rows.drain(..gone);
         }
         (staged.tail_batches, staged.tail_bytes) = (0, 0);
-    }
+        is_new
+    };
     file::sync_folder(folder)?;
-    file::sync_folder(&stage_folder)
+    file::sync_folder(&stage_folder)?;
+    Ok(is_new)
 }
 
 /// Leaves the rows of a staged file to the disk alone.
@@ -486,19 +502,8 @@ fn drop_from_tail(staged: &mut StagedFile, tail: Option<&HistoryTail>) {
     (staged.tail_batches, staged.tail_bytes) = (0, 0);
 }
 
-/// Bytes of the rows themselves: a slice counts for its part of the buffers.
-fn bytes_of(rows: &RecordBatch) -> usize {
-    let sliced = |array: &dyn Array| {
-        let whole = array.get_array_memory_size();
-        array.to_data().get_slice_memory_size().map_or(whole, |part| part.min(whole))
-    };
-    rows.columns().iter().map(|column| sliced(column.as_ref())).sum()
-}
-
 /// Refuses a column whose type differs from the one in the newest files: readers could not read both.
-fn refuse_changed_types(table: &Path, metric: &str, schema: &SchemaRef) -> Result<()> {
-    let files =
-        files::list(table).map_err(|e| Error::outside(format!("cannot list {}", table.display())).because(e))?;
+fn refuse_changed_types(table: &Path, files: &[HistoryFile], metric: &str, schema: &SchemaRef) -> Result<()> {
     for file in files.iter().rev().take(COMPARED_FILES_MAX) {
         let written = files::schema_of_file(&file.path)?;
         for field in schema.fields() {

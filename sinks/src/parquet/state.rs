@@ -9,11 +9,15 @@ use pipeline::state::{StateReader, StateWriter};
 use super::{Facts, Input, StagedFile, Target};
 
 /// First number of the state; another one is another format.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
+/// The format before, without the number of strangers.
+const VERSION_BEFORE: u64 = 1;
 
 /// What [`read`] gives.
 #[derive(Default)]
 pub(super) struct Restored {
+    /// See [`super::ledger::Ledger`].
+    pub(super) strangers: u64,
     pub(super) staged: Vec<StagedFile>,
     pub(super) open: Vec<RestoredRows>,
 }
@@ -25,8 +29,9 @@ pub(super) struct RestoredRows {
     pub(super) batches: Vec<RecordBatch>,
 }
 
-pub(super) fn write(state: &mut StateWriter, staged: &[StagedFile], inputs: &[Input]) -> Result<()> {
+pub(super) fn write(state: &mut StateWriter, strangers: u64, staged: &[StagedFile], inputs: &[Input]) -> Result<()> {
     state.u64(VERSION);
+    state.u64(strangers);
     state.u64(staged.len() as u64);
     for file in staged {
         let target = file.target.as_ref().and_then(|t| Some((t.checkpoint, t.path.to_str()?)));
@@ -52,12 +57,13 @@ pub(super) fn write(state: &mut StateWriter, staged: &[StagedFile], inputs: &[In
 
 pub(super) fn read(state: &mut StateReader<'_>) -> Result<Restored> {
     let version = state.u64()?;
-    if version != VERSION {
+    if ![VERSION_BEFORE, VERSION].contains(&version) {
         return Err(Error::user(format!(
             "the checkpoint's history state has format {version}, this program reads {VERSION}"
         )));
     }
-    let mut restored = Restored::default();
+    let strangers = if version == VERSION { state.u64()? } else { 0 };
+    let mut restored = Restored { strangers, ..Restored::default() };
     for _ in 0..state.count()? {
         let (metric, stage) = (state.str()?.to_owned(), state.str()?.to_owned());
         let target = Some(Target { checkpoint: state.u64()?, path: PathBuf::from(state.str()?) });

@@ -472,7 +472,9 @@ impl Source for MqttSource {
         let wanted = Subscribed { server: settings.server(), qos: settings.qos, filters: self.filters() };
         let mut client = self.client(&settings).await?;
         let present = client.open().await?;
-        if persistent && !present && session.was_subscribed(&wanted.server) {
+        // The broker inside the process begins with it: there was nobody to queue anything.
+        let outside = matches!(self.broker, Broker::Server(_));
+        if persistent && !present && outside && session.was_subscribed(&wanted.server) {
             tracing::warn!(
                 source = self.name,
                 server = wanted.server,

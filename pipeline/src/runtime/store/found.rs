@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use super::pieces::Pieces;
-use super::{Checkpoint, PIECES, SUFFIX, Store};
+use super::{Checkpoint, DAMAGED, PIECES, SUFFIX, Store};
 use crate::disk::RealDisk;
 use crate::error::Result;
 
@@ -61,7 +61,7 @@ pub(crate) fn read_all(dir: &Path) -> Result<Vec<Found>> {
 
 /// Whether a name in the state folder belongs to the checkpoints.
 pub(crate) fn is_of_checkpoints(name: &str) -> bool {
-    [SUFFIX, PIECES].iter().any(|suffix| name.ends_with(suffix))
+    [SUFFIX, PIECES].iter().any(|suffix| name.ends_with(suffix)) || name.ends_with(&format!(".{DAMAGED}"))
 }
 
 /// Whether a process runs on a state folder.

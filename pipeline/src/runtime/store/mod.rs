@@ -39,6 +39,8 @@ const MAGIC: &[u8; 8] = b"TAILWCK2";
 const FIRST_MAGIC: &[u8; 8] = b"TAILWCK1";
 const SUFFIX: &str = ".checkpoint";
 const PIECES: &str = ".pieces";
+/// Extension of a checkpoint that could not be read when a run started.
+const DAMAGED: &str = "damaged";
 /// A state of at most so many bytes lies in the manifest itself.
 const SMALL_BYTES_MAX: usize = 8 << 10;
 /// Checkpoints kept: the newest, and two to fall back to.
@@ -111,15 +113,29 @@ impl Store {
         if all_told { self.remove_unnamed() } else { Ok(()) }
     }
 
-    /// The newest checkpoint that is whole. A damaged one is skipped with a warning.
+    /// The newest checkpoint that is whole. Damaged ones that are newer are set aside with a warning: once a run has gone on
+    /// from an older one, nothing may start from them, even if the disk gives them back, and they must not count as kept.
+    /// If none is whole all stay where they are, for the start that is refused.
     pub(crate) fn latest(&self) -> Result<Option<Checkpoint>> {
+        let mut damaged: Vec<(u64, PathBuf, Error)> = Vec::new();
         for (number, path) in self.list()?.into_iter().rev() {
             match self.read(&path) {
-                Ok(checkpoint) => return Ok(Some(checkpoint)),
-                Err(error) => warn!("checkpoint {number} is damaged and skipped: {error}"),
+                Ok(checkpoint) => {
+                    damaged.iter().for_each(|(number, path, error)| self.set_aside(*number, path, error));
+                    return Ok(Some(checkpoint));
+                }
+                Err(error) => damaged.push((number, path, error)),
             }
         }
         Ok(None)
+    }
+
+    fn set_aside(&self, number: u64, path: &Path, error: &Error) {
+        let aside = path.with_extension(DAMAGED);
+        // If it stays, it is skipped again.
+        let moved = self.disk.rename(path, &aside).and_then(|()| self.disk.sync_folder(&self.dir));
+        let kept_as = if moved.is_ok() { &aside } else { path };
+        warn!("checkpoint {number} is damaged and skipped, and kept as {}: {error}", kept_as.display());
     }
 
     /// Makes a checkpoint durable and removes those that are no longer kept. Returns the number of the oldest that is.
@@ -380,6 +396,9 @@ mod tests {
         bytes[last] ^= 1;
         fs::write(&newest, &bytes).expect("write");
         assert_eq!(store.latest().expect("latest"), Some(checkpoint(4)));
+        // Whatever becomes of the damaged one, no start goes on from it any more, and it pushes no whole one out.
+        assert!(newest.with_extension(DAMAGED).exists() && !newest.exists());
+        assert_eq!(store.write(&checkpoint(6)).expect("written"), 3);
         for length in 0..bytes.len() {
             assert!(Manifest::decode(&bytes[..length]).is_err(), "cut to {length}");
         }

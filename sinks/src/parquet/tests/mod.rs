@@ -20,6 +20,8 @@ use tempfile::TempDir;
 
 use super::*;
 
+mod upkeep;
+
 const DAY_US: i64 = 86_400_000_000;
 
 fn now() -> i64 {
@@ -54,8 +56,12 @@ struct House {
 
 impl House {
     fn new(roll: Duration, roll_size: u64) -> Self {
-        let config =
-            ParquetConfig { path: At::nowhere("history".into()), roll, roll_size: At::nowhere(ByteSize(roll_size)) };
+        let config = ParquetConfig {
+            path: At::nowhere("history".into()),
+            roll,
+            roll_size: At::nowhere(ByteSize(roll_size)),
+            keep: None,
+        };
         let mut house =
             Self { scratch: TempDir::new().expect("a folder"), config, inputs: Vec::new(), tails: Vec::new() };
         house.input("load", columns());
@@ -171,8 +177,8 @@ fn rows_are_visible_to_queries_at_once_and_to_others_after_the_commit() {
     prepare(&mut sink, 1, false);
     assert_eq!((house.published("load"), query(&history, count)), (vec![], "c,s\n2,3\n".into()));
     write(&mut sink, 0, &batch([3]), 2).expect("written");
-    sink.commit(1).expect("committed");
-    sink.commit(1).expect("committed again");
+    sink.publish(1).expect("committed");
+    sink.publish(1).expect("committed again");
     assert_eq!((house.published("load"), house.waiting()), (vec![1, 2], 1));
     assert_eq!(query(&history, count), "c,s\n3,6\n");
     let sql = "SELECT n, note, event_time, ingest_time FROM load WHERE n = 1";
@@ -190,7 +196,7 @@ fn a_file_tells_where_its_rows_come_from_and_keeps_their_types() {
         write(&mut sink, 0, &batch([number, number * 10]), number as u64).expect("written");
     }
     prepare(&mut sink, 9, true);
-    sink.commit(9).expect("committed");
+    sink.publish(9).expect("committed");
     let path = &house.files("load")[0];
     let reader = SerializedFileReader::new(fs::File::open(path).expect("a file")).expect("a footer");
     let metadata = reader.metadata().file_metadata().key_value_metadata().expect("metadata").clone();
@@ -216,18 +222,18 @@ fn rows_wait_for_roll_or_for_roll_size() {
     let mut sink = house.start(None);
     sink.write_at(0, &batch([1]), 1, now() - 59_000_000).expect("written");
     let waiting = prepare(&mut sink, 1, false);
-    sink.commit(1).expect("committed");
+    sink.publish(1).expect("committed");
     assert_eq!(house.published("load"), [] as [i64; 0]);
     // The wait counts through a restart.
     let mut sink = house.start(Some((1, &waiting)));
     let mut state = StateWriter::default();
     sink.prepare_at(2, false, now() + 1_000_000, &mut state).expect("prepared");
-    sink.commit(2).expect("committed");
+    sink.publish(2).expect("committed");
     assert_eq!(house.published("load"), [1]);
     // A clock that was set back holds nothing back.
     sink.write_at(0, &batch([2]), 2, now() + DAY_US).expect("written");
     prepare(&mut sink, 3, false);
-    sink.commit(3).expect("committed");
+    sink.publish(3).expect("committed");
     // The first one was published a second later, in the next hour.
     assert_eq!(house.published("load"), [2, 1]);
     // By size, without waiting for a checkpoint: the file is staged when the next batch comes.
@@ -236,7 +242,7 @@ fn rows_wait_for_roll_or_for_roll_size() {
     sink.write_at(0, &batch([100]), 4, now()).expect("written");
     assert_eq!(house.staged().len(), 1);
     prepare(&mut sink, 4, false);
-    sink.commit(4).expect("committed");
+    sink.publish(4).expect("committed");
     let mut found = house.published("load");
     found.sort_unstable();
     assert_eq!((found, house.waiting()), ((1..100).collect(), 1));
@@ -257,7 +263,7 @@ fn small_batches_are_joined_in_memory_and_in_the_checkpoint() {
     let state = prepare(&mut sink, 1, false);
     let mut sink = house.start(Some((1, &state)));
     prepare(&mut sink, 2, true);
-    sink.commit(2).expect("committed");
+    sink.publish(2).expect("committed");
     assert_eq!((house.published("load"), house.waiting()), ((0..1000).collect(), 0));
 }
 
@@ -270,7 +276,7 @@ fn a_partial_result_is_not_kept() {
     write(&mut sink, 0, &partial, 1).expect("passed over");
     write(&mut sink, 0, &settled, 2).expect("written");
     prepare(&mut sink, 1, false);
-    sink.commit(1).expect("committed");
+    sink.publish(1).expect("committed");
     assert_eq!(house.published("load"), [1]);
 }
 
@@ -332,7 +338,7 @@ fn run_with_crashes(house: &mut House, crashes: &[usize]) -> usize {
                 prepared = Some((checkpoint, prepare(&mut sink, checkpoint, end), next_row));
             }
             Step::Durable => durable = prepared.take(),
-            Step::Commit => sink.commit(checkpoint).expect("committed"),
+            Step::Commit => sink.publish(checkpoint).expect("committed"),
         }
     }
 }
@@ -422,7 +428,7 @@ fn a_disk_that_takes_nothing_loses_no_row() {
     fs::create_dir(&stage).expect("a folder");
     write(&mut sink, 0, &batch([100]), 2).expect("written");
     prepare(&mut sink, 2, true);
-    sink.commit(2).expect("committed");
+    sink.publish(2).expect("committed");
     assert_eq!(house.published("load"), (1..=100).collect::<Vec<_>>());
 }
 
@@ -433,7 +439,7 @@ fn a_run_that_counts_checkpoints_from_one_again_adds_files() {
         let mut sink = house.start(None);
         write(&mut sink, 0, &batch([run]), 1).expect("written");
         prepare(&mut sink, 1, true);
-        sink.commit(1).expect("committed");
+        sink.publish(1).expect("committed");
     }
     assert_eq!(house.published("load"), [0, 1, 2]);
 }
@@ -469,7 +475,7 @@ fn waiting_rows_survive_a_change_of_the_graph() {
     let columns: Vec<ArrayRef> = vec![Arc::new(Int64Array::from(vec![4])), Arc::new(StringArray::from(vec!["x"]))];
     write(&mut sink, 0, &batch_of(&schema, columns, &[4]), 2).expect("written");
     prepare(&mut sink, 2, false);
-    sink.commit(2).expect("committed");
+    sink.publish(2).expect("committed");
     assert_eq!((house.published("load"), house.published("gone"), house.waiting()), (vec![1, 2], vec![3], 1));
     assert_eq!(query(&history, "SELECT n, added FROM load ORDER BY n"), "n,added\n1,\n2,\n4,x\n");
 }
@@ -480,7 +486,7 @@ fn a_changed_type_is_refused_and_a_changed_set_of_columns_is_not() {
     let mut sink = house.start(None);
     write(&mut sink, 0, &batch([1]), 1).expect("written");
     prepare(&mut sink, 1, false);
-    sink.commit(1).expect("committed");
+    sink.publish(1).expect("committed");
     house.inputs.clear();
     house.input("load", schema_of([("note", FieldType::Json), ("added", FieldType::Float)]));
     house.try_start().expect("columns may come and go");
@@ -512,7 +518,7 @@ fn a_query_beside_the_publishing_thread_sees_every_row_once() {
                 }
                 checkpoint += 1;
                 prepare(&mut sink, checkpoint, false);
-                sink.commit(checkpoint).expect("committed");
+                sink.publish(checkpoint).expect("committed");
             }
             next - 1
         }
@@ -544,7 +550,7 @@ fn a_file_appears_and_its_rows_leave_the_tail_in_one_lock() {
                 written.store(checkpoint, SeqCst);
                 write(&mut sink, 0, &batch([0]), checkpoint as u64).expect("written");
                 prepare(&mut sink, checkpoint as u64, false);
-                sink.commit(checkpoint as u64).expect("committed");
+                sink.publish(checkpoint as u64).expect("committed");
             }
         }
     });
@@ -573,7 +579,7 @@ fn rows_beyond_the_memory_bound_are_left_to_the_disk() {
     assert_eq!((house.staged().len(), house.waiting()), (2, 0));
     write(&mut sink, 0, &batch([20]), 3).expect("written");
     prepare(&mut sink, 1, false);
-    sink.commit(1).expect("committed");
+    sink.publish(1).expect("committed");
     assert_eq!((house.published("load"), house.waiting()), ((0..20).collect(), 1));
 }
 
@@ -602,6 +608,35 @@ fn columns_that_a_history_file_cannot_have_are_refused() {
 }
 
 #[test]
+fn history_is_not_kept_for_less_than_a_row_waits() {
+    let mut house = House::at_once();
+    house.config.roll = Duration::from_secs(60);
+    for (keep, right) in [(59, false), (60, true), (30 * 86_400, true)] {
+        let at = Position { line: 4, column: 9 };
+        house.config.keep = Some(At { position: at, verbatim: false, value: Duration::from_secs(keep) });
+        let mut problems = Problems::default();
+        let mut cx = CheckContext::new(&mut problems, "sink history", Position::default(), Path::new("/yaml"));
+        assert_eq!(house.config.check(&house.inputs, &mut cx).is_some(), right, "{keep} s");
+        let text = problems.render("p.yaml");
+        let told = text.starts_with("p.yaml:4:9: error: sink history: `keep` (59s) is shorter than `roll` (1m)");
+        assert_eq!(told, !right, "{text}");
+    }
+}
+
+#[test]
+fn a_state_of_the_format_before_is_read() {
+    let mut house = House::patient();
+    let mut sink = house.start(None);
+    write(&mut sink, 0, &batch([1, 2]), 1).expect("written");
+    let state = prepare(&mut sink, 1, false);
+    // The version was followed by the staged files.
+    let before = [&1u64.to_le_bytes(), &state[16..]].concat();
+    assert_eq!(&state[..16], [2u64.to_le_bytes(), 0u64.to_le_bytes()].concat());
+    house.start(Some((1, &before)));
+    assert_eq!(house.waiting(), 2);
+}
+
+#[test]
 fn the_example_and_the_defaults_are_as_documented() {
     let text = format!("{}\n", ParquetConfig::EXAMPLE.replace("roll: 10s\n", "").replace("type: parquet\n", ""));
     let node = pipeline::config::tree::parse(&text).expect("YAML");
@@ -609,7 +644,7 @@ fn the_example_and_the_defaults_are_as_documented() {
     let mut cx = CheckContext::new(&mut problems, "sink history", Position::default(), Path::new("/"));
     let config: ParquetConfig = pipeline::config::deserialize::read(&node, &mut cx).expect("a configuration");
     assert_eq!(
-        (config.path.as_str(), config.roll, config.roll_size.value),
-        ("history", Duration::from_secs(60), ByteSize(128 << 20))
+        (config.path.as_str(), config.roll, config.roll_size.value, config.keep.is_none()),
+        ("history", Duration::from_secs(60), ByteSize(128 << 20), true)
     );
 }
