@@ -8,6 +8,7 @@ mod command_line;
 mod dashboard;
 mod default_graph;
 mod diamond;
+mod doctor;
 mod examples;
 mod failures;
 mod history;

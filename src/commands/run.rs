@@ -27,12 +27,15 @@ pub(super) struct Run {
     /// Take no new rows: close every window of the last checkpoint, publish, and end
     #[arg(long)]
     drain: bool,
+    /// Go on without the state: move checkpoints, inboxes and outboxes into a folder `fresh-TIME` beside them, and start anew
+    #[arg(long, conflicts_with = "drain")]
+    fresh: bool,
 }
 
 impl Run {
     pub(super) fn run(self) -> Result<(), Failure> {
         let graph = load(self.file.as_deref())?.graph()?;
-        let options = Options { drain: self.drain, pages: PAGES.to_vec() };
+        let options = Options { drain: self.drain, fresh: self.fresh, pages: PAGES.to_vec() };
         let outcome = runtime::run(graph, options, stop_signal).map_err(|error| by_blame(&error))?;
         for (node, reason) in &outcome.failed {
             eprintln!("error: {node}: {reason}");

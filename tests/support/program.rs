@@ -31,13 +31,18 @@ impl Program {
 
     /// As [`Self::start`], in a folder and on a port of the caller's.
     pub fn start_in(scratch: Scratch, port: u16, yaml: &str) -> Self {
+        Self::start_with(scratch, port, yaml, &[])
+    }
+
+    /// As [`Self::start_in`], with options of `run`.
+    pub fn start_with(scratch: Scratch, port: u16, yaml: &str, options: &[&str]) -> Self {
         let yaml = if yaml.contains("server:") {
             yaml.to_owned()
         } else {
             format!("server: {{listen: 127.0.0.1:PORT}}\n{yaml}")
         };
         scratch.write("pipelines.yaml", &yaml.replace("PORT", &port.to_string()));
-        Self::launch(scratch, port, Command::new(BINARY).arg("run"))
+        Self::launch(scratch, port, Command::new(BINARY).arg("run").args(options))
     }
 
     /// Starts the binary on `examples/NAME` as it is, but in a folder and on a port of its own.

@@ -26,7 +26,7 @@ pub use operator::{Operator, OperatorConfig, OperatorPlugin, Output, Planned, St
 pub use registry::Plugins;
 pub use sink::{
     BatchLimits, BatchOptions, HistoryTail, LiveSink, Mount, OutboxSink, Sink, SinkConfig, SinkContext, SinkInput,
-    SinkPlugin, SinkShape, StagingSink, Upkeep, Upkept,
+    SinkPlugin, SinkShape, StagedFile, StagingSink, Upkeep, Upkept,
 };
 pub use source::{
     Acknowledger, Decoded, Decoder, Delivery, PullReader, Pulled, PushReader, Reader, Receipt, Receipts, Record,

@@ -43,6 +43,21 @@ pub trait SinkConfig: DeserializeOwned + JsonSchema + Send + Sync + Sized + 'sta
 
     /// Makes the running sink. Called once; opens no connection. May create folders.
     fn build(&self, cx: SinkContext) -> Result<Sink>;
+
+    /// The staged files that the state of this sink in a checkpoint names, for `pipeline doctor`. Pure. A sink that stages
+    /// none keeps the default.
+    fn staged(&self, _state: &mut StateReader<'_>) -> Result<Vec<StagedFile>> {
+        Ok(Vec::new())
+    }
+}
+
+/// A staged file that a checkpoint names: it is there under one of two names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StagedFile {
+    /// Name in the folder of staged files.
+    pub staged: String,
+    /// Where it appears, counted from the folder of the history.
+    pub published: PathBuf,
 }
 
 /// One pipeline that names the sink.
@@ -252,6 +267,8 @@ pub trait AnySink: Send + Sync {
     fn check(&self, inputs: &[SinkInput], cx: &mut CheckContext<'_>) -> Option<SinkShape>;
     /// See [`SinkConfig::build`].
     fn build(&self, cx: SinkContext) -> Result<Sink>;
+    /// See [`SinkConfig::staged`].
+    fn staged(&self, state: &mut StateReader<'_>) -> Result<Vec<StagedFile>>;
 }
 
 impl<T: SinkConfig> AnySink for T {
@@ -260,6 +277,9 @@ impl<T: SinkConfig> AnySink for T {
     }
     fn build(&self, cx: SinkContext) -> Result<Sink> {
         SinkConfig::build(self, cx)
+    }
+    fn staged(&self, state: &mut StateReader<'_>) -> Result<Vec<StagedFile>> {
+        SinkConfig::staged(self, state)
     }
 }
 

@@ -21,7 +21,7 @@ use pipeline::batch::{Batch, Stage, with_hidden_columns};
 use pipeline::config::{At, ByteSize, CheckContext, Duration};
 use pipeline::error::{Error, Result};
 use pipeline::history::files::{self, DAY, HOUR, HistoryFile, STAGE_FOLDER, hour_folder};
-use pipeline::plugin::{HistoryTail, Sink, SinkConfig, SinkContext, SinkInput, SinkShape, StagingSink, Upkeep};
+use pipeline::plugin::{self, HistoryTail, Sink, SinkConfig, SinkContext, SinkInput, SinkShape, StagingSink, Upkeep};
 use pipeline::schema::type_word;
 use pipeline::state::{StateReader, StateWriter};
 use pipeline::time::now_us;
@@ -152,6 +152,13 @@ impl SinkConfig for ParquetConfig {
 
     fn build(&self, cx: SinkContext) -> Result<Sink> {
         Ok(Sink::Staging(Box::new(ParquetSink::new(self, cx)?)))
+    }
+
+    fn staged(&self, state: &mut StateReader<'_>) -> Result<Vec<plugin::StagedFile>> {
+        let named = state::read(state)?.staged.into_iter();
+        Ok(named
+            .filter_map(|file| Some(plugin::StagedFile { staged: file.stage, published: file.target?.path }))
+            .collect())
     }
 }
 
