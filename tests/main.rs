@@ -5,6 +5,7 @@
 
 mod benches;
 mod command_line;
+mod cursor;
 mod dashboard;
 mod default_graph;
 mod diamond;
