@@ -18,5 +18,6 @@ mod redis;
 mod replay;
 mod restart;
 mod sql;
+mod streams;
 mod support;
 mod tidy;
