@@ -11,6 +11,7 @@ mod default_graph;
 mod diamond;
 mod examples;
 mod failures;
+mod guarantee;
 mod http;
 mod live;
 mod mqtt;

@@ -5,8 +5,9 @@ use std::path::Path;
 use pipeline::plugin::{PullReader, Receipt, Receipts, Record, Source, SourceConfig, SourceContext};
 
 use crate::redis::{decoded, json, next, pull, push, records, rows, source, source_context, source_options, tokens};
+use crate::support::program::{Program, run};
 use crate::support::redis::Redis;
-use crate::support::{PATIENCE, Scratch};
+use crate::support::{PATIENCE, Scratch, free_port, wait_for};
 
 const NUMBERS: &str = "stream: s\nstart: earliest\nfields: {n: int}";
 
@@ -283,4 +284,53 @@ async fn wrong_entries_of_a_group_are_row_errors() {
     assert_eq!(decoded.errors[0].message, "s 1-0: field `n`: expected int, found `many`");
     assert_eq!(decoded.errors[0].payload, r#"{"n":"many"}"#);
     assert_eq!(decoded.record_of_row, [1]);
+}
+
+#[test]
+fn a_member_that_is_killed_counts_each_entry_once() {
+    const ROUNDS: usize = 8;
+    const ENTRIES: usize = 700;
+    let server = Redis::start();
+    let yaml = format!(
+        "server: {{listen: 127.0.0.1:PORT}}\nguarantee: exactly_once\ncheckpoint: {{every: 50ms}}\nsources:\n  in: {{type: redis, \
+         url: '{}', stream: s, start: earliest, group: g, fields: {{n: int}}}}\npipelines:\n  kept: {{from: in, to: \
+         history}}\nsinks:\n  history: {{type: parquet, path: history, roll: 200ms}}\n",
+        server.url()
+    );
+    let number = |name: &str| -> usize {
+        let groups = server.command(&["XINFO", "GROUPS", "s"]);
+        let mut lines = groups.lines().skip_while(|line| *line != name).skip(1);
+        lines.next().and_then(|value| value.parse().ok()).unwrap_or_default()
+    };
+    let add = |round: usize| {
+        let script = "for i = ARGV[1] + 1, ARGV[1] + ARGV[2] do redis.call('XADD', KEYS[1], '*', 'n', i) end";
+        server.command(&["EVAL", script, "1", "s", &(round * ENTRIES).to_string(), &ENTRIES.to_string()]);
+    };
+    let (mut folder, port) = (Scratch::new(), free_port());
+    for round in 0..ROUNDS {
+        // Half of a round is there before the start, half comes while it runs.
+        add(2 * round);
+        let mut program = Program::start_in(folder, port, &yaml);
+        wait_for("the first half", || (number("entries-read") > 2 * round * ENTRIES).then_some(()));
+        add(2 * round + 1);
+        let wanted = 2 * round * ENTRIES + ENTRIES * (1 + round % 2);
+        wait_for("entries", || {
+            let acknowledged = number("entries-read") - number("pending");
+            (number("entries-read") >= wanted && (round % 3 > 0 || acknowledged >= wanted)).then_some(())
+        });
+        program.process.signal("KILL");
+        program.process.wait();
+        folder = program.scratch;
+    }
+    let program = Program::start_in(folder, port, &yaml);
+    let all = 2 * ROUNDS * ENTRIES;
+    wait_for("the rest", || (number("entries-read") >= all && number("pending") == 0).then_some(()));
+    let folder = program.stop();
+    let counted = run(
+        folder.path(),
+        &["query", "SELECT count(*) AS n, count(DISTINCT n) AS d, max(n) AS m FROM kept", "--format", "csv"],
+    );
+    assert_eq!(String::from_utf8_lossy(&counted.stdout), format!("n,d,m\n{all},{all},{all}\n"));
+    // One member through all restarts.
+    assert_eq!(number("consumers"), 1);
 }

@@ -15,7 +15,7 @@ use pipeline::batch::{BATCH_ROWS_MAX, Batch, Stage, with_hidden_columns};
 use pipeline::config::{At, ByteSize, CheckContext, Duration};
 use pipeline::error::{Error, Result};
 use pipeline::history::files::{self, DAY, HOUR, STAGE_FOLDER, hour_folder};
-use pipeline::plugin::{HistoryTail, Sink, SinkConfig, SinkContext, SinkInput, SinkShape, StagingSink};
+use pipeline::plugin::{HistoryTail, Promise, Sink, SinkConfig, SinkContext, SinkInput, SinkShape, StagingSink};
 use pipeline::schema::type_word;
 use pipeline::state::{StateReader, StateWriter};
 use pipeline::time::now_us;
@@ -95,6 +95,7 @@ impl SinkConfig for ParquetConfig {
     const TYPE: &'static str = "parquet";
     const PAGE: &'static str = PAGE;
     const EXAMPLE: &'static str = "type: parquet\npath: history\nroll: 10s\n";
+    const PROMISES: &'static [(&'static str, Promise)] = &[("", Promise::ExactlyOnce)];
 
     fn check(&self, inputs: &[SinkInput], cx: &mut CheckContext<'_>) -> Option<SinkShape> {
         let errors = cx.errors();
@@ -108,7 +109,12 @@ impl SinkConfig for ParquetConfig {
             check_columns(input, cx);
         }
         let history = Some(cx.resolve(&self.path.value));
-        (cx.errors() == errors).then(|| SinkShape { history, takes_revised: true, ..SinkShape::default() })
+        (cx.errors() == errors).then(|| SinkShape {
+            history,
+            takes_revised: true,
+            promise: Promise::ExactlyOnce,
+            ..SinkShape::default()
+        })
     }
 
     fn build(&self, cx: SinkContext) -> Result<Sink> {

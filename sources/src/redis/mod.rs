@@ -196,6 +196,14 @@ every: 500ms
 read: {total_messages: GET total_messages, queue_depth: LLEN pending_messages}
 fields: {total_messages: int}
 ";
+    const PROMISES: &'static [(&'static str, Delivery)] = &[
+        ("`read`", Delivery::Sampled),
+        ("`stream`", Delivery::Replayable),
+        ("`stream` with `group`", Delivery::Acknowledged),
+        ("`list`", Delivery::Acknowledged),
+        ("`channels`", Delivery::BestEffort),
+    ];
+    const INSTEAD: Option<&'static str> = Some("`stream` or `list`");
 
     fn check(&self, cx: &mut CheckContext<'_>) -> Option<SourceShape> {
         Endpoint::check(&self.url, self.ca.as_ref(), cx);

@@ -251,8 +251,8 @@ mod tests {
 
     #[test]
     fn a_cursor_compares_whole_rows() {
-        let (two, one) = (vec![Key::Time(5), Key::Int(7)], vec![Key::Int(7)]);
-        let until = vec![Key::Time(6), Key::Int(9)];
+        let (two, one) = ([Key::Time(5), Key::Int(7)], [Key::Int(7)]);
+        let until = [Key::Time(6), Key::Int(9)];
         let conditions = |select: Select, after: &[Key], until: Option<&[Key]>| {
             let (sql, bound) = select.rows(after, until);
             let condition = sql.strip_prefix("SELECT * FROM (\nq -- x\n) AS tailwater WHERE ").expect(&sql).to_owned();

@@ -149,6 +149,11 @@ fields:
   queue: {total: int, pending: int}
   scheduler: {avg_delay_seconds: float}
 ";
+    const PROMISES: &'static [(&'static str, Delivery)] = &[
+        ("without `cursor`", Delivery::Sampled),
+        ("with `cursor`, if rows become visible in its order", Delivery::Replayable),
+    ];
+    const INSTEAD: Option<&'static str> = Some("read new rows with `cursor`, and `commit_order` or `lag`");
 
     fn check(&self, cx: &mut CheckContext<'_>) -> Option<SourceShape> {
         let plan = plan::plan(self, &mut |position, message, hint| cx.error_hint(position, message, hint));
