@@ -400,7 +400,7 @@ mod tests {
     fn what_breaks_a_rule_is_named_and_what_does_not_passes() {
         assert_eq!(broken_by_sources(&[SourcePlugin::of::<Good>()]), Vec::<String>::new());
         let silent = broken_by_sources(&[SourcePlugin::of::<Silent>()]);
-        assert_eq!(silent, ["source silent: `PROMISES` does not name what the example promises"]);
+        assert!(silent.iter().any(|one| one.contains("`PROMISES` does not name")), "{silent:?}");
         let broken = broken_by_sources(&[SourcePlugin::of::<Bad>(), SourcePlugin::of::<Bad>()]).join("\n");
         for expected in [
             "not snake_case",

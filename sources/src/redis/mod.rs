@@ -650,7 +650,7 @@ mod tests {
             ("url: redis://h\nlist: q\ngroup: g", "3:8", "`group` belongs to `stream`"),
             ("url: redis://h\nstream: s\nconsumer: c", "3:11", "`consumer` belongs to `group`"),
             ("url: redis://h\nstream: s\nclaim: 1m", "3:8", "`claim` belongs to `group`"),
-            ("url: redis://h\nstream: s\ngroup: ''", "3:8", "`group` is empty"),
+            ("url: redis://h\nstream: s\ngroup: ''", "3:9", "`group` is empty"),
             ("url: redis://h\nstream: s\ngroup: g\nclaim: 1ms", "4:8", "`claim` is 100 ms or longer"),
             ("url: redis://h\nstream: s\ngroup: g\nclaim: soon", "4:8", "soon"),
             ("url: redis://h\npatterns: ['__keyevent@0__:*']", "2:11", "keyspace notifications"),
