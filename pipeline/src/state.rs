@@ -16,6 +16,46 @@ pub struct StateWriter {
 }
 
 impl StateWriter {
+    /// With room for so many bytes: a state is about as long as the last one was.
+    pub fn with_capacity(bytes: usize) -> Self {
+        Self { bytes: Vec::with_capacity(bytes) }
+    }
+
+    /// Bytes so far.
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Whether nothing was written.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// `true` and what `write` writes, or `false` and why it could not.
+    pub fn attempt(&mut self, write: impl FnOnce(&mut Self) -> Result<()>) {
+        let start = self.bytes.len();
+        self.bool(true);
+        if let Err(error) = self.nested(write) {
+            self.bytes.truncate(start);
+            self.bool(false);
+            self.str(&error.to_string());
+        }
+    }
+
+    /// What `write` writes, with its length before it, as [`Self::bytes`] of it would be. After an error nothing of it is
+    /// there.
+    pub fn nested<E>(&mut self, write: impl FnOnce(&mut Self) -> Result<(), E>) -> Result<(), E> {
+        let start = self.bytes.len();
+        self.u64(0);
+        if let Err(error) = write(self) {
+            self.bytes.truncate(start);
+            return Err(error);
+        }
+        let length = (self.bytes.len() - start - 8) as u64;
+        self.bytes[start..start + 8].copy_from_slice(&length.to_le_bytes());
+        Ok(())
+    }
+
     /// An unsigned number.
     pub fn u64(&mut self, value: u64) {
         self.bytes.extend_from_slice(&value.to_le_bytes());

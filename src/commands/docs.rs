@@ -43,6 +43,12 @@ The page of each source says it. `guarantee: exactly_once` at the top of the fil
 and sink that may lose rows or repeat them, and names what to use instead; without it `check` notes sources that lose rows on
 their way to a durable sink. What the engine does for all of them: it connects again with back-off (0.1 s, doubling to
 15 s), and reads on from the position of the last checkpoint where the source has one.
+
+Records whose sender waits for an answer (`mqtt` with QoS 1 or 2, `http`, `redis` lists) enter the graph at once and go to the
+inbox (`state/inbox/`) beside it. They are acknowledged, in their order, when they are on disk; after a crash, those that no
+checkpoint has are taken in again from there. `checkpoint: {durability: power}` (the default) waits until the disk has them;
+`process` until the operating system has, which `kill -9` cannot undo but a power cut can. On a full disk nothing is
+acknowledged until there is room. A disk whose sync fails ends the run (exit code 2): nobody can say what it holds.
 ";
 
 const SOURCE_EXAMPLE: &str = "\
@@ -89,12 +95,13 @@ It gets the `final` rows of windows; live sinks also `partial` and `revised` one
 ## Delivery
 `websocket` and `sse` serve whoever listens now. `parquet` publishes files that are bound to checkpoints, each row once. All
 others have an outbox: rows wait in it, in order, while the other side is away; a delivery is tried again until it succeeds;
-and what waits is kept in the checkpoint. `guarantee: exactly_once` at the top of the file refuses a sink that may write a row
-twice, unless only rows in error go there. `batch` says when waiting rows become a delivery: as soon as there are `rows` of
+and what waits is kept on disk (`state/outbox/`), from the next checkpoint on. A sink that takes each row exactly once (`sql`;
+`redis` if asked) gets rows when a checkpoint has them; `guarantee: exactly_once` at the top of the file refuses every other,
+unless only rows in error go there. `batch` says when waiting rows become a delivery: as soon as there are `rows` of
 one pipeline, or the oldest has waited for `every`. Its default is the sink's own; the page of the sink says it.
 
 ## Limits
-An outbox is bounded. A full one pushes back to the sources; nothing is dropped.
+An outbox holds 1 GiB. A full one pushes back to the sources; nothing is dropped.
 
 ## Fails when
 The other side is away: `/health` says so, and the engine tries again with back-off (0.1 s, doubling to 15 s). Rows that the

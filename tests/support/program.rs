@@ -163,10 +163,15 @@ pub fn get(port: u16, path: &str) -> Option<(u16, String)> {
 
 /// A whole HTTP exchange over its own connection.
 pub fn request(port: u16, method: &str, path: &str, body: &str) -> Option<(u16, String)> {
+    request_with(port, method, path, "", body)
+}
+
+/// As [`request`], with more header lines, each ended by `\r\n`.
+pub fn request_with(port: u16, method: &str, path: &str, headers: &str, body: &str) -> Option<(u16, String)> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
     let length = body.len();
     let head = format!(
-        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n{headers}\r\n"
     );
     stream.write_all(format!("{head}{body}").as_bytes()).ok()?;
     let mut reader = BufReader::new(stream);

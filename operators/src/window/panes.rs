@@ -12,7 +12,7 @@ use pipeline::plugin::{Operator, Output};
 use pipeline::state::{StateReader, StateWriter};
 
 use super::keys::NONE;
-use super::slots::{Closing, Core, Rows, restore, snapshot};
+use super::slots::{Closing, Core, Rows, restore};
 
 /// Windows of `size_us` that start at every multiple of `every_us` since 1970 UTC.
 #[derive(Clone, Copy, Debug)]
@@ -280,7 +280,7 @@ impl Operator for PaneWindow {
     }
 
     fn snapshot(&self, state: &mut StateWriter) {
-        snapshot(state, |state| {
+        state.attempt(|state| {
             self.core.save(state);
             self.core.save_slots(self.panes.all(), state)
         });

@@ -7,7 +7,7 @@ use pipeline::state::{StateReader, StateWriter};
 
 use super::keys::NONE;
 use super::panes::{Grid, Panes};
-use super::slots::{Closing, Core, restore, snapshot};
+use super::slots::{Closing, Core, restore};
 
 /// The operator of running totals.
 ///
@@ -166,7 +166,7 @@ impl Operator for RunningWindow {
     }
 
     fn snapshot(&self, state: &mut StateWriter) {
-        snapshot(state, |state| {
+        state.attempt(|state| {
             self.core.save(state);
             state.i64(self.resets_at_us);
             self.core.save_slots(self.ticks.all(), state)?;

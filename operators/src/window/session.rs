@@ -10,7 +10,7 @@ use pipeline::plugin::{Operator, Output};
 use pipeline::state::{StateReader, StateWriter};
 
 use super::keys::NONE;
-use super::slots::{Closing, Core, Rows, restore, snapshot};
+use super::slots::{Closing, Core, Rows, restore};
 
 /// An open session.
 #[derive(Clone, Copy, Debug)]
@@ -198,7 +198,7 @@ impl Operator for SessionWindow {
     }
 
     fn snapshot(&self, state: &mut StateWriter) {
-        snapshot(state, |state| {
+        state.attempt(|state| {
             self.core.save(state);
             let open = self.by_key.iter().flatten();
             let places = open.map(|slot| (self.sessions[*slot as usize].first_us, *slot)).collect();

@@ -417,9 +417,9 @@ impl Core {
         Ok(())
     }
 
-    /// Writes slots, each with a number that says where it belongs, in the order of those numbers and of the keys.
-    pub(super) fn save_slots(&self, mut places: Vec<(i64, u32)>, state: &mut StateWriter) -> Result<()> {
-        places.sort_unstable_by(|a, b| a.0.cmp(&b.0).then_with(|| self.compare_keys(a.1, b.1)));
+    /// Writes slots, each with a number that says where it belongs, in the order given: one that stays the same from
+    /// one checkpoint to the next leaves most of the state the same.
+    pub(super) fn save_slots(&self, places: Vec<(i64, u32)>, state: &mut StateWriter) -> Result<()> {
         state.u64(places.len() as u64);
         for (place, slot) in &places {
             state.i64(*place);
@@ -496,22 +496,7 @@ fn update_filtered(
     aggregate.update(&Chunk { slots: &slots, event_us: &event_us, arguments: &arguments })
 }
 
-/// Writes a state that may fail to be written, so that reading says why.
-pub(super) fn snapshot(state: &mut StateWriter, write: impl FnOnce(&mut StateWriter) -> Result<()>) {
-    let mut whole = StateWriter::default();
-    match write(&mut whole) {
-        Ok(()) => {
-            state.bool(true);
-            state.bytes(&whole.finish());
-        }
-        Err(error) => {
-            state.bool(false);
-            state.str(&error.to_string());
-        }
-    }
-}
-
-/// Reads what [`snapshot`] wrote.
+/// Reads what [`StateWriter::attempt`] wrote.
 pub(super) fn restore(
     state: &mut StateReader<'_>,
     read: impl FnOnce(&mut StateReader<'_>) -> Result<()>,

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tracing::warn;
@@ -29,6 +30,12 @@ const RECORD: u8 = 0;
 
 /// Bytes that one write takes: enough to make a sync cheap, little enough that nobody waits long for it.
 const GROUP_BYTES_MAX: usize = 1 << 20;
+
+/// Records of a group, from which on the next group waits a moment to fill: under load fewer, larger writes leave more of
+/// the machine to the messages themselves. Senders that wait for each answer never get there.
+const GROUP_RECORDS_BUSY: u64 = 64;
+/// That moment.
+const GATHER: Duration = Duration::from_millis(1);
 
 /// Bytes received that are not on disk yet, at which no more is taken in: the disk is full, or too slow.
 const WAITING_BYTES_MAX: usize = 64 << 20;
@@ -98,7 +105,16 @@ impl Inbox {
         receipts: impl Fn() -> Option<Box<dyn Receipts>>,
         from: Option<u64>,
     ) -> Result<Self> {
-        let options = LogOptions { segment_bytes: SEGMENT_BYTES, durability };
+        Self::open_with(disk, folder, LogOptions { segment_bytes: SEGMENT_BYTES, durability }, receipts, from)
+    }
+
+    fn open_with(
+        disk: Arc<dyn Disk>,
+        folder: &Path,
+        options: LogOptions,
+        receipts: impl Fn() -> Option<Box<dyn Receipts>>,
+        from: Option<u64>,
+    ) -> Result<Self> {
         let (mut log, opened) = Log::open(disk, folder, options)?;
         if opened.cut_bytes > 0 {
             warn!("{}: {} bytes of an unfinished write are cut off", folder.display(), opened.cut_bytes);
@@ -279,7 +295,13 @@ struct Writer {
 impl Writer {
     /// Runs until the engine's end is dropped, or the disk cannot be trusted any more.
     fn run(mut self) {
+        let mut before = self.log.next_lsn();
         while let Ok(command) = self.commands.recv() {
+            let group = self.log.next_lsn() - before;
+            before = self.log.next_lsn();
+            if group >= GROUP_RECORDS_BUSY {
+                thread::sleep(GATHER);
+            }
             let mut trim = None;
             let mut next = Some(command);
             while let Some(command) = next.take() {
@@ -340,6 +362,157 @@ impl Writer {
             if self.progress.is_closed() {
                 return false;
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::disk::simulated::SimulatedDisk;
+
+    /// Remembers texts.
+    #[derive(Default)]
+    struct Texts(BTreeSet<Bytes>);
+
+    impl Receipts for Texts {
+        fn receive(&mut self, record: &Record, _ingest_us: i64) -> Receipt {
+            match &record.payload[..] {
+                b"refuse" => Receipt::Refused("no".to_owned()),
+                _ if self.0.insert(record.payload.clone()) => Receipt::New,
+                _ => Receipt::Repeated,
+            }
+        }
+        fn snapshot(&self, state: &mut StateWriter) {
+            state.u64(self.0.len() as u64);
+            self.0.iter().for_each(|text| state.bytes(text));
+        }
+        fn restore(&mut self, state: &mut StateReader<'_>) -> Result<()> {
+            for _ in 0..state.count()? {
+                self.0.insert(Bytes::copy_from_slice(state.bytes()?));
+            }
+            Ok(())
+        }
+    }
+
+    fn open(disk: &SimulatedDisk, from: Option<u64>) -> Result<Inbox> {
+        let options = LogOptions { segment_bytes: 200, durability: Durability::Power };
+        let receipts = || Some(Box::new(Texts::default()) as Box<dyn Receipts>);
+        Inbox::open_with(Arc::new(disk.clone()), Path::new("state/inbox"), options, receipts, from)
+    }
+
+    fn record(text: &str) -> Record {
+        Record { payload: Bytes::copy_from_slice(text.as_bytes()), metadata: Bytes::from_static(b"m"), token: 7 }
+    }
+
+    fn take(inbox: &mut Inbox, text: &str, ingest_us: i64) -> bool {
+        let received = inbox.receive(vec![record(text)], ingest_us);
+        inbox.append(&received.fresh, ingest_us);
+        !received.fresh.is_empty()
+    }
+
+    /// Waits until all is on the disk, or nothing more will be.
+    async fn until_durable(inbox: &mut Inbox, disk: &SimulatedDisk) -> Progress {
+        loop {
+            let progress = Progress { durable: inbox.durable(), ..inbox.progress.borrow().clone() };
+            if progress.durable >= inbox.next() || progress.broken.is_some() || disk.is_off() {
+                return progress;
+            }
+            inbox.changed().await;
+        }
+    }
+
+    fn replayed(inbox: &mut Inbox) -> Vec<(String, i64)> {
+        let mut all = Vec::new();
+        while let Some((records, at)) = inbox.replay().expect("whole") {
+            all.extend(records.iter().map(|r| (String::from_utf8_lossy(&r.payload).into_owned(), at)));
+        }
+        all
+    }
+
+    #[tokio::test]
+    async fn what_no_checkpoint_has_comes_again_with_its_times_and_what_was_received_is_known() {
+        let mut disk = SimulatedDisk::new(1);
+        let mut inbox = open(&disk, None).expect("an inbox");
+        let texts: Vec<String> = (0..50).map(|n| format!("record {n}")).collect();
+        for (at, text) in (0..).zip(&texts) {
+            assert!(take(&mut inbox, text, at));
+            assert!(!take(&mut inbox, text, at), "again");
+            until_durable(&mut inbox, &disk).await;
+        }
+        assert_eq!(inbox.receive(vec![record("refuse")], 0).refused, [(7, "no".to_owned())]);
+        drop(inbox);
+        for from in [None, Some(0), Some(20), Some(50)] {
+            disk = disk.kill();
+            let mut inbox = open(&disk, from).expect("an inbox");
+            let first = from.unwrap_or(0);
+            assert_eq!((inbox.taken(), inbox.next()), (first, 50));
+            let expected: Vec<_> =
+                (0..).zip(&texts).skip(first as usize).map(|(at, text)| (text.clone(), at)).collect();
+            assert_eq!(replayed(&mut inbox), expected);
+            assert!(texts.iter().all(|text| !take(&mut inbox, text, 99)), "the memory outlives a restart");
+            assert_eq!((inbox.taken(), inbox.is_replaying()), (50, false));
+        }
+        // What all checkpoints have is removed, and still known.
+        let mut inbox = open(&disk, Some(40)).expect("an inbox");
+        inbox.trim(40);
+        assert!(take(&mut inbox, "later", 100));
+        until_durable(&mut inbox, &disk).await;
+        drop(inbox);
+        let mut inbox = open(&disk, Some(51)).expect("an inbox");
+        assert!(texts.iter().all(|text| !take(&mut inbox, text, 102)));
+        assert!(open(&disk, Some(0)).err().expect("missing").to_string().contains("missing"));
+        // Removed by hand: the checkpoint goes on alone.
+        let disk = SimulatedDisk::new(2);
+        let mut inbox = open(&disk, Some(51)).expect("an inbox");
+        assert_eq!((inbox.taken(), inbox.next()), (51, 51));
+        assert!(take(&mut inbox, "again", 103));
+        assert_eq!(until_durable(&mut inbox, &disk).await.durable, 52);
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_is_waited_for_and_one_that_cannot_be_trusted_is_not() {
+        let disk = SimulatedDisk::new(1);
+        let mut inbox = open(&disk, None).expect("an inbox");
+        disk.set_room(Some(0));
+        take(&mut inbox, "a", 1);
+        let progress = inbox.changed().await;
+        assert!(progress.trouble.is_some() && progress.durable == 0, "{progress:?}");
+        let huge = "x".repeat(WAITING_BYTES_MAX);
+        take(&mut inbox, &huge, 2);
+        assert!(!inbox.has_room());
+        disk.set_room(None);
+        assert_eq!(until_durable(&mut inbox, &disk).await, Progress { durable: 2, trouble: None, broken: None });
+        assert!(inbox.has_room());
+        disk.fail_sync_after(0);
+        take(&mut inbox, "b", 3);
+        assert!(until_durable(&mut inbox, &disk).await.broken.is_some());
+    }
+
+    #[tokio::test]
+    async fn whatever_was_durable_is_there_after_a_power_loss_at_any_moment() {
+        for operation in 0..60 {
+            let disk = SimulatedDisk::new(operation);
+            disk.power_off_after(operation);
+            let mut durable = 0;
+            if let Ok(mut inbox) = open(&disk, None) {
+                for n in 0..20 {
+                    take(&mut inbox, &format!("record {n}"), n);
+                    let progress = until_durable(&mut inbox, &disk).await;
+                    durable = progress.durable;
+                    if progress.durable < inbox.next() {
+                        break;
+                    }
+                }
+            }
+            let mut inbox = open(&disk.crash(), None).expect("an inbox");
+            let found = replayed(&mut inbox);
+            assert!(found.len() as u64 >= durable, "operation {operation}: {} of {durable}", found.len());
+            assert!((0..).zip(&found).all(|(n, (text, at))| *text == format!("record {n}") && *at == n));
         }
     }
 }

@@ -481,6 +481,7 @@ async fn progress(inbox: &mut Option<Inbox>) -> Progress {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
     use std::pin::pin;
     use std::sync::Mutex;
 
@@ -493,6 +494,8 @@ mod tests {
 
     use super::*;
     use crate::batch::Times;
+    use crate::disk::simulated::SimulatedDisk;
+    use crate::log::Durability;
     use crate::plugin::{Acknowledger, Decoded, Pulled};
     use crate::runtime::clock::testing::{event_clock, rows};
     use crate::runtime::edge::Takes;
@@ -540,6 +543,7 @@ mod tests {
     struct Bench {
         task: IntakeTask,
         arrivals: Sender<Arrival>,
+        control: mpsc::Sender<Control>,
         rows: Receiver<Message>,
         errors: Receiver<Message>,
         reports: mpsc::Receiver<Report>,
@@ -548,7 +552,7 @@ mod tests {
 
     fn bench(delivery: Delivery) -> Bench {
         let (arrivals, received) = queue(16);
-        let (_, control) = mpsc::channel(1);
+        let (control, controls) = mpsc::channel(4);
         let (reporter, reports) = mpsc::channel(16);
         let (mut to_rows, mut to_errors) = (Outlet::default(), Outlet::default());
         let (rows, errors) = (to_rows.add(Takes::All), to_errors.add(Takes::All));
@@ -558,7 +562,7 @@ mod tests {
             name: "s".to_owned(),
             key: "source/s".to_owned(),
             arrivals: received,
-            control,
+            control: controls,
             reports: reporter,
             decoder: Some(Box::new(Times1)),
             rows: to_rows,
@@ -574,7 +578,7 @@ mod tests {
             inbox: None,
             unsettled: Unsettled::default(),
         };
-        Bench { task, arrivals, rows, errors, reports, told }
+        Bench { task, arrivals, control, rows, errors, reports, told }
     }
 
     fn records(payloads: &[&str]) -> Arrival {
@@ -624,6 +628,68 @@ mod tests {
     fn huge(count: i64) -> Batch {
         let times: Vec<i64> = (0..count).collect();
         Batch::new(rows(&times), Times::constant(0, 0, 0, times.len()), Stage::Final).expect("a batch")
+    }
+
+    /// An inbox whose records from `from` on are in no checkpoint.
+    fn inbox(disk: &SimulatedDisk, from: Option<u64>) -> Option<Inbox> {
+        let disk = Arc::new(disk.clone());
+        let inbox = Inbox::open(disk, Path::new("state/inbox"), Durability::Power, || None, from);
+        Some(inbox.expect("an inbox"))
+    }
+
+    #[tokio::test]
+    async fn a_sender_and_a_checkpoint_wait_for_the_disk_and_the_graph_does_not() {
+        let disk = SimulatedDisk::new(1);
+        let mut bench = bench(Delivery::Acknowledged);
+        bench.task.inbox = inbox(&disk, None);
+        let told = Arc::clone(&bench.told);
+        disk.set_room(Some(0));
+        bench.task.arrival(records(&["100", "x"])).await;
+        bench.task.barrier(Barrier { checkpoint: 3, last: false }).await;
+        assert_eq!(waiting(&mut bench.rows), ["1: [100]", "time 90", "barrier 3"]);
+        let progress = progress(&mut bench.task.inbox).await;
+        bench.task.settle(&progress).await;
+        assert!(matches!(bench.task.status.state(), NodeState::Retrying(_)), "{progress:?}");
+        assert!(lock(&told).is_empty() && bench.reports.try_recv().is_err());
+        disk.set_room(None);
+        while lock(&told).is_empty() {
+            let progress = super::progress(&mut bench.task.inbox).await;
+            bench.task.settle(&progress).await;
+        }
+        assert_eq!(*lock(&told), ["accepted [0, 1]"]);
+        assert!(matches!(bench.task.status.state(), NodeState::Healthy));
+        let Ok(Report::Prepared(_, 3, Ok(state))) = bench.reports.try_recv() else { panic!("no state") };
+        assert_eq!(IntakeTask::first_not_covered(&state).expect("a state"), Some(2));
+
+        // After a crash what no checkpoint has is taken in again, before anything new and before a drain ends.
+        bench.task.arrival(records(&["120", "130"])).await;
+        let mut after = self::bench(Delivery::Acknowledged);
+        while bench.task.inbox.as_ref().is_some_and(|inbox| inbox.durable() < 4) {
+            super::progress(&mut bench.task.inbox).await;
+        }
+        drop(bench);
+        after.task.restore(&state).expect("a state");
+        after.task.inbox = inbox(&disk, Some(2));
+        let control = after.control.clone();
+        control.send(Control::Close).await.expect("room");
+        control.send(Control::Barrier(Barrier { checkpoint: 4, last: true })).await.expect("room");
+        after.task.run().await;
+        assert_eq!(waiting(&mut after.rows), ["2: [120, 130]", "time 120", "closed", "barrier 4", "End"]);
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_cannot_be_trusted_ends_the_run_before_another_checkpoint() {
+        let disk = SimulatedDisk::new(1);
+        let mut bench = bench(Delivery::Acknowledged);
+        bench.task.inbox = inbox(&disk, None);
+        disk.fail_sync_after(0);
+        bench.task.arrival(records(&["100"])).await;
+        bench.task.barrier(Barrier { checkpoint: 3, last: false }).await;
+        let progress = progress(&mut bench.task.inbox).await;
+        assert!(progress.broken.is_some());
+        assert!(poll!(pin!(bench.task.settle(&progress))).is_pending(), "for good");
+        assert!(matches!(bench.reports.try_recv(), Ok(Report::Lost(key, _)) if key == "source/s"));
+        assert!(bench.reports.try_recv().is_err() && lock(&bench.told).is_empty());
     }
 
     #[tokio::test]

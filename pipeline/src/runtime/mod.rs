@@ -295,6 +295,7 @@ impl Starter {
             told_idle: false,
             failed: false,
             failed_rows: 0,
+            state_bytes: 0,
             key,
         };
         if let Some(state) = self.restored(&task.key, pipeline.fingerprint) {

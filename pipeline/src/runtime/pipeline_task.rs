@@ -1,5 +1,6 @@
 //! The task that runs one pipeline: all its operators, fused, over all its inputs.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -37,6 +38,8 @@ pub(crate) struct PipelineTask {
     pub(crate) failed: bool,
     /// Rows so far for which an expression failed.
     pub(crate) failed_rows: u64,
+    /// Length of the last state.
+    pub(crate) state_bytes: usize,
 }
 
 /// One input of the pipeline.
@@ -244,7 +247,8 @@ impl PipelineTask {
     async fn barrier(&mut self, barrier: Barrier) {
         // After a drain the next run takes rows again: the end is not kept.
         let kept = |time_us: i64| if time_us == i64::MAX { i64::MIN } else { time_us };
-        let mut state = StateWriter::default();
+        // The stream waits meanwhile: memory is asked for once.
+        let mut state = StateWriter::with_capacity(self.state_bytes + self.state_bytes / 8);
         state.u64(self.number);
         state.i64(kept(self.watermark_us));
         state.i64(kept(self.forwarded_us));
@@ -255,10 +259,12 @@ impl PipelineTask {
         }
         state.u64(self.steps.len() as u64);
         for step in &self.steps {
-            let mut inner = StateWriter::default();
-            step.snapshot(&mut inner);
-            state.bytes(&inner.finish());
+            let Ok(()) = state.nested(|state| {
+                step.snapshot(state);
+                Ok::<(), Infallible>(())
+            });
         }
+        self.state_bytes = state.len();
         let _ = self.reports.send(Report::Prepared(self.key.clone(), barrier.checkpoint, Ok(state.finish()))).await;
         self.outlet.send(Message::Barrier(barrier)).await;
     }
@@ -398,6 +404,7 @@ mod tests {
             told_idle: false,
             failed: false,
             failed_rows: 0,
+            state_bytes: 0,
         };
         (task, received)
     }

@@ -1,7 +1,5 @@
 //! What is kept with a message beside its payload, and how a message that comes again is told by it.
 
-use std::collections::HashMap;
-
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use pipeline::error::Result;
 use pipeline::plugin::{Receipt, Receipts, Record};
@@ -62,9 +60,10 @@ impl Metadata {
 /// It gives the id to another message only after the acknowledgement, so one that is marked, with the id and the text of
 /// the last one of that id, is that one. Ids of another session have nothing to do with it: the session's number is part
 /// of what is compared.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq)]
 pub(super) struct MqttReceipts {
-    last: HashMap<u16, u64>,
+    /// By packet id, as far as one has been seen: the hash of its last message; 0 if there was none.
+    last: Vec<u64>,
 }
 
 impl Receipts for MqttReceipts {
@@ -77,17 +76,16 @@ impl Receipts for MqttReceipts {
         hash.update(&record.metadata[HEADER..]);
         hash.update(&[0]);
         hash.update(&record.payload);
-        let hash = hash.digest();
-        match self.last.insert(metadata.packet_id, hash) {
-            Some(last) if last == hash && metadata.again => Receipt::Repeated,
-            _ => Receipt::New,
-        }
+        let hash = hash.digest().max(1);
+        let last = std::mem::replace(self.of(metadata.packet_id), hash);
+        if metadata.again && last == hash { Receipt::Repeated } else { Receipt::New }
     }
 
     fn snapshot(&self, state: &mut StateWriter) {
-        state.u64(self.last.len() as u64);
-        for (packet_id, hash) in &self.last {
-            state.u64(u64::from(*packet_id));
+        let seen = || (0..).zip(&self.last).filter(|(_, hash)| **hash != 0);
+        state.u64(seen().count() as u64);
+        for (packet_id, hash) in seen() {
+            state.u64(packet_id);
             state.u64(*hash);
         }
     }
@@ -97,10 +95,20 @@ impl Receipts for MqttReceipts {
             let packet_id = state.u64()?;
             let hash = state.u64()?;
             if let Ok(packet_id) = u16::try_from(packet_id) {
-                self.last.insert(packet_id, hash);
+                *self.of(packet_id) = hash;
             }
         }
         Ok(())
+    }
+}
+
+impl MqttReceipts {
+    fn of(&mut self, packet_id: u16) -> &mut u64 {
+        let index = usize::from(packet_id);
+        if self.last.len() <= index {
+            self.last.resize(index + 1, 0);
+        }
+        &mut self.last[index]
     }
 }
 
@@ -132,7 +140,7 @@ mod tests {
             receipts.snapshot(&mut state);
             let mut restored = MqttReceipts::default();
             restored.restore(&mut StateReader::new(&state.finish())).expect("a state");
-            assert_eq!(restored.last, receipts.last, "{case}");
+            assert_eq!(restored, receipts, "{case}");
             assert_eq!(restored.receive(&received, 0), expected, "{case}");
         }
     }

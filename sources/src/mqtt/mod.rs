@@ -49,11 +49,12 @@ and `payload` (bytes), the message as it came.
 
 ## Delivery
 
-With `qos: 1` or `2` and `session: persistent`: a message is acknowledged after the engine has accepted it, and the
-broker sends again what was not. The client id is made at the first start and kept in the state folder
+With `qos: 1` or `2` and `session: persistent`: a message is acknowledged once it is on disk, and the broker sends again what was not. One
+that comes again is known by its packet id and its text, so each counts once, through `kill -9` on this side. The client id is made at the first start and kept in the state folder
 (`mqtt-SOURCE.id`), so the broker queues messages while the process is away, for `session_expiry`. A session that
 the broker still has is resumed without subscribing anew; if `topics` changed, only the difference is asked for.
-A message that was on its way when the connection broke may arrive twice.
+Of a broker that marks nothing as sent again (DUP), or gives it another packet id, a message may count twice; give it an id and
+use `deduplicate`.
 With `qos: 0` or `session: clean`: best effort.
 Brokers lose sessions, too: Mosquitto queues 1000 messages per client (`max_queued_messages`) and needs `persistence
 true` with a short `autosave_interval` to survive its own crash. `qos: 2` gives no more than 1 here.
