@@ -44,7 +44,7 @@ and sink that may lose rows or repeat them, and names what to use instead; witho
 their way to a durable sink. What the engine does for all of them: it connects again with back-off (0.1 s, doubling to
 15 s), and reads on from the position of the last checkpoint where the source has one.
 
-Records whose sender waits for an answer (`mqtt` with QoS 1 or 2, `http`, `redis` lists) enter the graph at once and go to the
+Records whose sender waits for an answer (`mqtt` with QoS 1 or 2, `http`, `redis` lists and groups) enter the graph at once and go to the
 inbox (`state/inbox/`) beside it. They are acknowledged, in their order, when they are on disk; after a crash, those that no
 checkpoint has are taken in again from there. `checkpoint: {durability: power}` (the default) waits until the disk has them;
 `process` until the operating system has, which `kill -9` cannot undo but a power cut can. On a full disk nothing is
