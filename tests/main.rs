@@ -5,12 +5,14 @@
 
 mod benches;
 mod command_line;
+mod cursor;
 mod dashboard;
 mod default_graph;
 mod diamond;
 mod doctor;
 mod examples;
 mod failures;
+mod guarantee;
 mod history;
 mod http;
 mod ledger;
@@ -20,5 +22,6 @@ mod redis;
 mod replay;
 mod restart;
 mod sql;
+mod streams;
 mod support;
 mod tidy;

@@ -21,7 +21,9 @@ use pipeline::batch::{Batch, Stage, with_hidden_columns};
 use pipeline::config::{At, ByteSize, CheckContext, Duration};
 use pipeline::error::{Error, Result};
 use pipeline::history::files::{self, DAY, HOUR, HistoryFile, STAGE_FOLDER, hour_folder};
-use pipeline::plugin::{self, HistoryTail, Sink, SinkConfig, SinkContext, SinkInput, SinkShape, StagingSink, Upkeep};
+use pipeline::plugin::{
+    self, HistoryTail, Promise, Sink, SinkConfig, SinkContext, SinkInput, SinkShape, StagingSink, Upkeep,
+};
 use pipeline::schema::type_word;
 use pipeline::state::{StateReader, StateWriter};
 use pipeline::time::now_us;
@@ -127,6 +129,7 @@ impl SinkConfig for ParquetConfig {
     const TYPE: &'static str = "parquet";
     const PAGE: &'static str = PAGE;
     const EXAMPLE: &'static str = "type: parquet\npath: history\nroll: 10s\n";
+    const PROMISES: &'static [(&'static str, Promise)] = &[("", Promise::ExactlyOnce)];
 
     fn check(&self, inputs: &[SinkInput], cx: &mut CheckContext<'_>) -> Option<SinkShape> {
         let errors = cx.errors();
@@ -147,7 +150,12 @@ impl SinkConfig for ParquetConfig {
             check_columns(input, cx);
         }
         let history = Some(cx.resolve(&self.path.value));
-        (cx.errors() == errors).then(|| SinkShape { history, takes_revised: true, ..SinkShape::default() })
+        (cx.errors() == errors).then(|| SinkShape {
+            history,
+            takes_revised: true,
+            promise: Promise::ExactlyOnce,
+            ..SinkShape::default()
+        })
     }
 
     fn build(&self, cx: SinkContext) -> Result<Sink> {
