@@ -78,7 +78,7 @@ fn a_program_that_is_killed_at_any_moment_loses_nothing_and_repeats_nothing() {
 }
 
 /// Connections of a plain `cargo test` that meet a bad end.
-const CUTS: u64 = 60;
+const CUTS: u64 = 25;
 
 #[test]
 fn connections_that_are_cut_in_the_middle_lose_nothing_and_repeat_nothing() {
