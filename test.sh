@@ -16,6 +16,7 @@ add mosquitto_pub mosquitto-clients
 add redis-server redis-server
 add mariadbd mariadb-server
 add openssl openssl
+add strace strace
 ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || need+=(postgresql)
 if [ "${#need[@]}" -gt 0 ]; then
     echo "installing: ${need[*]}"

@@ -5,18 +5,23 @@
 
 mod benches;
 mod command_line;
+mod cursor;
 mod dashboard;
 mod default_graph;
 mod diamond;
+mod doctor;
 mod examples;
 mod failures;
+mod guarantee;
 mod history;
 mod http;
+mod ledger;
 mod live;
 mod mqtt;
 mod redis;
 mod replay;
 mod restart;
 mod sql;
+mod streams;
 mod support;
 mod tidy;

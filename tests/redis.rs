@@ -18,11 +18,11 @@ use pipeline::status::Status;
 use crate::support::redis::Redis;
 use crate::support::{Scratch, free_port};
 
-type SourceOptions = sources::redis::RedisConfig;
+pub(crate) type SourceOptions = sources::redis::RedisConfig;
 type SinkOptions = sinks::redis::RedisConfig;
 
 /// Reads and checks a source's block.
-fn source_options(server: &Redis, yaml: &str) -> SourceOptions {
+pub(crate) fn source_options(server: &Redis, yaml: &str) -> SourceOptions {
     let mut problems = Problems::default();
     let node = tree::parse(&format!("url: {}\n{yaml}", server.url())).expect("YAML");
     let mut cx = CheckContext::new(&mut problems, "source test", Position::default(), Path::new("."));
@@ -31,7 +31,7 @@ fn source_options(server: &Redis, yaml: &str) -> SourceOptions {
     checked.unwrap_or_else(|| panic!("{yaml}: {}", problems.render("yaml")))
 }
 
-fn source_context() -> SourceContext {
+pub(crate) fn source_context() -> SourceContext {
     SourceContext {
         name: "test".to_owned(),
         folder: "/".into(),
@@ -41,34 +41,34 @@ fn source_context() -> SourceContext {
     }
 }
 
-fn source(server: &Redis, yaml: &str) -> Box<dyn Source> {
+pub(crate) fn source(server: &Redis, yaml: &str) -> Box<dyn Source> {
     source_options(server, yaml).build(source_context()).expect("a source")
 }
 
-async fn pull(source: &mut Box<dyn Source>, position: Option<&[u8]>) -> Box<dyn PullReader> {
+pub(crate) async fn pull(source: &mut Box<dyn Source>, position: Option<&[u8]>) -> Box<dyn PullReader> {
     match source.connect(position).await.expect("a connection") {
         Reader::Pull(reader) => reader,
         Reader::Push(..) => panic!("a pull reader was expected"),
     }
 }
 
-async fn push(source: &mut Box<dyn Source>) -> (Box<dyn PushReader>, Box<dyn Acknowledger>) {
+pub(crate) async fn push(source: &mut Box<dyn Source>) -> (Box<dyn PushReader>, Box<dyn Acknowledger>) {
     match source.connect(None).await.expect("a connection") {
         Reader::Push(reader, acknowledger) => (reader, acknowledger),
         Reader::Pull(_) => panic!("a push reader was expected"),
     }
 }
 
-fn json(rows: &arrow::array::RecordBatch) -> Vec<String> {
+pub(crate) fn json(rows: &arrow::array::RecordBatch) -> Vec<String> {
     encode_rows(rows).iter().map(str::to_owned).collect()
 }
 
-async fn next(reader: &mut Box<dyn PullReader>) -> Pulled {
+pub(crate) async fn next(reader: &mut Box<dyn PullReader>) -> Pulled {
     reader.next().await.expect("rows").expect("no end")
 }
 
 /// Pulls until `count` rows are there; returns them and the last position.
-async fn rows(reader: &mut Box<dyn PullReader>, count: usize) -> (Vec<String>, Vec<u8>) {
+pub(crate) async fn rows(reader: &mut Box<dyn PullReader>, count: usize) -> (Vec<String>, Vec<u8>) {
     let mut rows = Vec::new();
     loop {
         let pulled = next(reader).await;
@@ -80,7 +80,7 @@ async fn rows(reader: &mut Box<dyn PullReader>, count: usize) -> (Vec<String>, V
 }
 
 /// Takes records until `count` are there.
-async fn records(reader: &mut Box<dyn PushReader>, count: usize) -> Vec<Record> {
+pub(crate) async fn records(reader: &mut Box<dyn PushReader>, count: usize) -> Vec<Record> {
     let mut records = Vec::new();
     while records.len() < count {
         records.extend(reader.next().await.expect("records"));
@@ -92,11 +92,11 @@ fn payloads(records: &[Record]) -> Vec<String> {
     records.iter().map(|record| String::from_utf8_lossy(&record.payload).into_owned()).collect()
 }
 
-fn tokens(records: &[Record]) -> Vec<u64> {
+pub(crate) fn tokens(records: &[Record]) -> Vec<u64> {
     records.iter().map(|record| record.token).collect()
 }
 
-fn decoded(options: &SourceOptions, records: &[Record]) -> (Vec<String>, Vec<String>) {
+pub(crate) fn decoded(options: &SourceOptions, records: &[Record]) -> (Vec<String>, Vec<String>) {
     let decoded = options.decoder().expect("a decoder").decode(records).expect("rows");
     assert_eq!(decoded.record_of_row.len(), decoded.rows.num_rows());
     (json(&decoded.rows), decoded.errors.into_iter().map(|error| error.message).collect())

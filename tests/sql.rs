@@ -20,28 +20,28 @@ use crate::support::databases::{self, MARIADB, POSTGRES, Server, execute, unique
 use crate::support::{PATIENCE, Scratch};
 
 /// One empty database of one of the three kinds.
-struct Database {
+pub(crate) struct Database {
     url: String,
     folder: Scratch,
     _server: Option<Arc<Server>>,
 }
 
 impl Database {
-    async fn postgres() -> Self {
+    pub(crate) async fn postgres() -> Self {
         let server = POSTGRES.get();
         let name = unique("db");
         execute(&server.url("postgres"), &format!("CREATE DATABASE {name}")).await;
         Self { url: server.url(&name), folder: Scratch::new(), _server: Some(server) }
     }
 
-    async fn mariadb() -> Self {
+    pub(crate) async fn mariadb() -> Self {
         let server = MARIADB.get();
         let name = unique("db");
         execute(&server.url("mysql"), &format!("CREATE DATABASE {name} CHARACTER SET utf8mb4")).await;
         Self { url: server.url(&name), folder: Scratch::new(), _server: Some(server) }
     }
 
-    async fn sqlite() -> Self {
+    pub(crate) async fn sqlite() -> Self {
         let folder = Scratch::new();
         let url = format!("sqlite://{}?mode=rwc", folder.path().join("demo.db").display());
         execute(&url, "PRAGMA journal_mode = WAL").await;
@@ -52,38 +52,42 @@ impl Database {
         [("postgres", Self::postgres().await), ("mariadb", Self::mariadb().await), ("sqlite", Self::sqlite().await)]
     }
 
-    async fn execute(&self, sql: &str) {
-        let url = match self.url.strip_prefix("sqlite:") {
+    pub(crate) async fn execute(&self, sql: &str) {
+        execute(&self.session_url(), sql).await;
+    }
+
+    /// The URL for a session that writes.
+    pub(crate) fn session_url(&self) -> String {
+        match self.url.strip_prefix("sqlite:") {
             Some(file) => format!("sqlite://{}", self.folder.path().join(file).display()),
             None => self.url.clone(),
-        };
-        execute(&url, sql).await;
+        }
     }
 
     /// All rows of a query as JSON, through a snapshot source.
-    async fn rows(&self, sql: &str, fields: &str) -> Vec<String> {
+    pub(crate) async fn rows(&self, sql: &str, fields: &str) -> Vec<String> {
         let mut reader = self.read(&format!("query: {sql}\nfields: {fields}"), None).await;
         texts(&next(&mut reader).await)
     }
 
-    fn source(&self, options: &str) -> Box<dyn Source> {
+    pub(crate) fn source(&self, options: &str) -> Box<dyn Source> {
         source(&self.url, options, self.folder.path())
     }
 
-    async fn read(&self, options: &str, position: Option<&[u8]>) -> Box<dyn PullReader> {
+    pub(crate) async fn read(&self, options: &str, position: Option<&[u8]>) -> Box<dyn PullReader> {
         connect(&mut self.source(options), position).await.expect("connected")
     }
 }
 
 /// The problems of a source's YAML, or its configuration and schema.
-fn checked(url: &str, options: &str, folder: &Path) -> Result<(sources::sql::SqlConfig, SchemaRef), String> {
+pub(crate) fn checked(url: &str, options: &str, folder: &Path) -> Result<(sources::sql::SqlConfig, SchemaRef), String> {
     let node = tree::parse(&format!("url: {url}\n{options}\n")).expect("YAML");
     let mut problems = Problems::default();
     let mut cx = CheckContext::new(&mut problems, "source s", Position::default(), folder);
     let config = deserialize::read::<sources::sql::SqlConfig>(&node, &mut cx);
     let shape = config.as_ref().and_then(|c| c.check(&mut cx));
     match (config, shape) {
-        (Some(config), Some(shape)) if problems.is_empty() => Ok((config, shape.schema)),
+        (Some(config), Some(shape)) if !problems.has_errors() => Ok((config, shape.schema)),
         _ => Err(problems.render("")),
     }
 }
@@ -103,7 +107,7 @@ fn source(url: &str, options: &str, folder: &Path) -> Box<dyn Source> {
     config.build(context(folder)).expect("a source")
 }
 
-async fn connect(
+pub(crate) async fn connect(
     source: &mut Box<dyn Source>,
     position: Option<&[u8]>,
 ) -> pipeline::error::Result<Box<dyn PullReader>> {
@@ -113,11 +117,11 @@ async fn connect(
     }
 }
 
-async fn next(reader: &mut Box<dyn PullReader>) -> Pulled {
+pub(crate) async fn next(reader: &mut Box<dyn PullReader>) -> Pulled {
     reader.next().await.expect("rows").expect("never at its end")
 }
 
-fn texts(pulled: &Pulled) -> Vec<String> {
+pub(crate) fn texts(pulled: &Pulled) -> Vec<String> {
     encode_rows(&pulled.rows).iter().map(str::to_owned).collect()
 }
 

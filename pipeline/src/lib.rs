@@ -23,6 +23,7 @@
 //! | follow a row | `runtime`: reader, intake, pipeline and sink task |
 //! | follow a checkpoint | `runtime`: coordinator, store |
 //! | keep something on disk | [`log`] on [`disk`] |
+//! | see what is on disk, or what is damaged | [`runtime::inspect`], [`runtime::doctor`] |
 //! | serve a route | [`http`]; live sinks find the latest rows and demand in [`live`] |
 //! | query history | [`history`] |
 //! | count something | [`status`] |

@@ -9,7 +9,9 @@ use pipeline::batch::BATCH_ROWS_MAX;
 use pipeline::config::CheckContext;
 use pipeline::error::{Error, Result};
 use pipeline::json::{encode_rows, json_string};
-use pipeline::plugin::{BatchLimits, BatchOptions, OutboxSink, Sink, SinkConfig, SinkContext, SinkInput, SinkShape};
+use pipeline::plugin::{
+    BatchLimits, BatchOptions, OutboxSink, Promise, Sink, SinkConfig, SinkContext, SinkInput, SinkShape,
+};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -67,6 +69,8 @@ impl SinkConfig for ConsoleConfig {
     const TYPE: &'static str = "console";
     const PAGE: &'static str = PAGE;
     const EXAMPLE: &'static str = "type: console\n";
+    const PROMISES: &'static [(&'static str, Promise)] = &[("", Promise::AtLeastOnce)];
+    const INSTEAD: Option<&'static str> = Some("`parquet`, or `sql`; the console may still take `errors`");
 
     fn check(&self, _inputs: &[SinkInput], cx: &mut CheckContext<'_>) -> Option<SinkShape> {
         let errors = cx.errors();

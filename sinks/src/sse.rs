@@ -17,7 +17,7 @@ use pipeline::config::{At, CheckContext, Duration};
 use pipeline::error::Result;
 use pipeline::http::respond::{error, json, parameters};
 use pipeline::http::{Handler, Request, Response};
-use pipeline::plugin::{Sink, SinkConfig, SinkContext, SinkInput, SinkShape};
+use pipeline::plugin::{Promise, Sink, SinkConfig, SinkContext, SinkInput, SinkShape};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
@@ -106,6 +106,7 @@ impl SinkConfig for SseConfig {
     const TYPE: &'static str = "sse";
     const PAGE: &'static str = PAGE;
     const EXAMPLE: &'static str = "{type: sse, path: /events, event_name: telemetry}";
+    const PROMISES: &'static [(&'static str, Promise)] = &[("", Promise::Live)];
 
     fn check(&self, inputs: &[SinkInput], cx: &mut CheckContext<'_>) -> Option<SinkShape> {
         let Self { path, params, required, keep_alive, queue, .. } = self;

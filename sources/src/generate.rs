@@ -87,6 +87,7 @@ columns:
   ts: time
 event_time: {field: ts}
 ";
+    const PROMISES: &'static [(&'static str, Delivery)] = &[("", Delivery::Replayable)];
 
     fn check(&self, cx: &mut CheckContext<'_>) -> Option<SourceShape> {
         if let Some(rate) = &self.rate

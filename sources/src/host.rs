@@ -111,6 +111,8 @@ type: host
 every: 1s
 on_demand: true
 ";
+    const PROMISES: &'static [(&'static str, Delivery)] = &[("", Delivery::Sampled)];
+    const INSTEAD: Option<&'static str> = Some("a file of its own, without the guarantee, for samples of this machine");
 
     fn check(&self, cx: &mut CheckContext<'_>) -> Option<SourceShape> {
         if **self.every < MINIMUM_CPU_UPDATE_INTERVAL {

@@ -98,6 +98,8 @@ impl SourceConfig for SelfConfig {
 type: self
 every: 1s
 ";
+    const PROMISES: &'static [(&'static str, Delivery)] = &[("", Delivery::Sampled)];
+    const INSTEAD: Option<&'static str> = Some("`/metrics` shows the same figures");
 
     fn check(&self, cx: &mut CheckContext<'_>) -> Option<SourceShape> {
         if self.every.is_zero() {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use pipeline::graph;
 
-use super::{Failure, load, print};
+use super::{Failure, counted, load, print};
 use crate::plugins::PLUGINS;
 
 #[derive(Debug, Args)]
@@ -30,9 +30,4 @@ impl Check {
             counted(graph.sinks.len(), "sink")
         ))
     }
-}
-
-/// `1 sources` reads badly.
-fn counted(number: usize, thing: &str) -> String {
-    format!("{number} {thing}{}", if number == 1 { "" } else { "s" })
 }

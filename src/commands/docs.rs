@@ -39,10 +39,12 @@ durable sink (every one but `websocket` and `sse`). A `GET` of the metric counts
 once. Sources that would miss rows meanwhile refuse it.
 
 ## Delivery
-The page of each source says it. What the engine does for all of them: it connects again with back-off (0.1 s, doubling to
+The page of each source says it. `guarantee: exactly_once` at the top of the file, beside `checkpoint`, refuses every source
+and sink that may lose rows or repeat them, and names what to use instead; without it `check` notes sources that lose rows on
+their way to a durable sink. What the engine does for all of them: it connects again with back-off (0.1 s, doubling to
 15 s), and reads on from the position of the last checkpoint where the source has one.
 
-Records whose sender waits for an answer (`mqtt` with QoS 1 or 2, `http`, `redis` lists) enter the graph at once and go to the
+Records whose sender waits for an answer (`mqtt` with QoS 1 or 2, `http`, `redis` lists and groups) enter the graph at once and go to the
 inbox (`state/inbox/`) beside it. They are acknowledged, in their order, when they are on disk; after a crash, those that no
 checkpoint has are taken in again from there. `checkpoint: {durability: power}` (the default) waits until the disk has them;
 `process` until the operating system has, which `kill -9` cannot undo but a power cut can. On a full disk nothing is
@@ -94,7 +96,8 @@ It gets the `final` rows of windows; live sinks also `partial` and `revised` one
 `websocket` and `sse` serve whoever listens now. `parquet` publishes files that are bound to checkpoints, each row once. All
 others have an outbox: rows wait in it, in order, while the other side is away; a delivery is tried again until it succeeds;
 and what waits is kept on disk (`state/outbox/`), from the next checkpoint on. A sink that takes each row exactly once (`sql`;
-`redis` if asked) gets rows when a checkpoint has them. `batch` says when waiting rows become a delivery: as soon as there are `rows` of
+`redis` if asked) gets rows when a checkpoint has them; `guarantee: exactly_once` at the top of the file refuses every other,
+unless only rows in error go there. `batch` says when waiting rows become a delivery: as soon as there are `rows` of
 one pipeline, or the oldest has waited for `every`. Its default is the sink's own; the page of the sink says it.
 
 ## Limits
@@ -142,19 +145,30 @@ struct Page {
     text: &'static str,
     example: &'static str,
     schema: Value,
+    /// What happens to rows, for each way of using the plugin.
+    promises: Vec<(&'static str, &'static str)>,
 }
 
 fn pages() -> Vec<Page> {
-    let sources = PLUGINS.sources.iter().map(|p| ("source", p.type_name, p.page, p.example, (p.schema)()));
-    let operators = PLUGINS.operators.iter().map(|p| ("operator", p.type_name, p.page, p.example, (p.schema)()));
-    let sinks = PLUGINS.sinks.iter().map(|p| ("sink", p.type_name, p.page, p.example, (p.schema)()));
-    let shared = shared().into_iter().map(|(name, text, example, schema)| (ALL, name, text, example, schema));
-    let page = |(kind, name, text, example, schema): (_, _, _, _, Schema)| Page {
+    let sources = PLUGINS.sources.iter().map(|p| {
+        let promises = p.promises.iter().map(|(way, delivery)| (*way, delivery.sentence())).collect();
+        ("source", p.type_name, p.page, p.example, (p.schema)(), promises)
+    });
+    let operators =
+        PLUGINS.operators.iter().map(|p| ("operator", p.type_name, p.page, p.example, (p.schema)(), Vec::new()));
+    let sinks = PLUGINS.sinks.iter().map(|p| {
+        let promises = p.promises.iter().map(|(way, promise)| (*way, promise.sentence())).collect();
+        ("sink", p.type_name, p.page, p.example, (p.schema)(), promises)
+    });
+    let shared =
+        shared().into_iter().map(|(name, text, example, schema)| (ALL, name, text, example, schema, Vec::new()));
+    let page = |(kind, name, text, example, schema, promises): (_, _, _, _, Schema, _)| Page {
         kind,
         name,
         text,
         example,
         schema: schema.to_value(),
+        promises,
     };
     shared.chain(sources).chain(operators).chain(sinks).map(page).collect()
 }
@@ -199,6 +213,13 @@ fn list(pages: &[Page]) -> String {
 impl Page {
     fn render(&self) -> String {
         let mut text = format!("# {} `{}`\n\n{}\n", self.kind, self.name, self.text.trim());
+        if !self.promises.is_empty() {
+            text.push_str("\n## Promise\n\n");
+            for (way, promise) in &self.promises {
+                let separator = if way.is_empty() { "" } else { ": " };
+                let _ = writeln!(text, "- {way}{separator}{promise}.");
+            }
+        }
         let mut options = String::new();
         write_options(&self.schema, &self.schema, "", &mut options);
         if !options.is_empty() {

@@ -2,11 +2,13 @@
 
 mod check;
 mod docs;
+mod doctor;
 mod fields;
 mod graph;
 mod query;
 mod run;
 mod schema;
+mod state;
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -54,6 +56,10 @@ enum Command {
     Graph(graph::GraphCommand),
     /// Query the history with SQL
     Query(query::Query),
+    /// Print what is in the state folder: checkpoints, inboxes, outboxes
+    State(state::StateCommand),
+    /// Read everything durable and say what is damaged and what to do
+    Doctor(doctor::Doctor),
     /// Connect to a source and print its `fields:` block
     Fields(fields::FieldsCommand),
     /// Print the JSON Schema of the file, for editors
@@ -102,6 +108,8 @@ pub(crate) fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Check(command) => command.run(),
         Command::Graph(command) => command.run(),
         Command::Query(command) => command.run(),
+        Command::State(command) => command.run(),
+        Command::Doctor(command) => command.run(),
         Command::Fields(command) => command.run(),
         Command::Schema => schema::run(),
         Command::Docs(command) => command.run(),
@@ -129,6 +137,11 @@ fn print(text: &str) -> Result<(), Failure> {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Failure::running(error.to_string())),
         _ => Ok(()),
     }
+}
+
+/// `1 sources` reads badly.
+fn counted(number: usize, thing: &str) -> String {
+    format!("{number} {thing}{}", if number == 1 { "" } else { "s" })
 }
 
 /// A file as read and parsed.

@@ -27,13 +27,16 @@ pub(super) struct Run {
     /// Take no new rows: close every window of the last checkpoint, publish, and end
     #[arg(long)]
     drain: bool,
+    /// Go on without the state: move checkpoints, inboxes and outboxes into a folder `fresh-TIME` beside them, and start anew
+    #[arg(long, conflicts_with = "drain")]
+    fresh: bool,
 }
 
 impl Run {
     pub(super) fn run(self) -> Result<(), Failure> {
         let graph = load(self.file.as_deref())?.graph()?;
-        let options = Options { drain: self.drain, pages: PAGES.to_vec() };
-        let outcome = runtime::run(graph, options, stop_signal()).map_err(|error| by_blame(&error))?;
+        let options = Options { drain: self.drain, fresh: self.fresh, pages: PAGES.to_vec() };
+        let outcome = runtime::run(graph, options, stop_signal).map_err(|error| by_blame(&error))?;
         for (node, reason) in &outcome.failed {
             eprintln!("error: {node}: {reason}");
         }
@@ -47,14 +50,20 @@ impl Run {
     }
 }
 
-/// Resolves on Ctrl-C or SIGTERM. From then on a second one ends the process at once: whoever cannot wait for the stop
-/// loses no more than by a crash.
-async fn stop_signal() {
-    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-    else {
-        // Without signal handlers the default action ends the process.
-        return std::future::pending().await;
-    };
+/// Resolves on Ctrl-C or SIGTERM; one that comes after this call is not missed, whenever the future is asked. From then
+/// on a second one ends the process at once: whoever cannot wait for the stop loses no more than by a crash.
+fn stop_signal() -> impl Future<Output = ()> {
+    let handlers = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()));
+    async {
+        match handlers {
+            (Ok(interrupt), Ok(terminate)) => stopped(interrupt, terminate).await,
+            // Without signal handlers the default action ends the process.
+            _ => std::future::pending().await,
+        }
+    }
+}
+
+async fn stopped(mut interrupt: Signal, mut terminate: Signal) {
     let name = either(&mut interrupt, &mut terminate).await;
     info!("{name}: stopping; a second one stops at once");
     tokio::spawn(async move {

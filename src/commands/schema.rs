@@ -1,6 +1,6 @@
 //! `pipeline schema`: the JSON Schema of the file, made from the structs that read it.
 
-use pipeline::config::pipelines::{CheckpointConfig, EventTimeConfig, OneOrMany, ServerConfig};
+use pipeline::config::pipelines::{CheckpointConfig, EventTimeConfig, Guarantee, OneOrMany, ServerConfig};
 use schemars::JsonSchema;
 use serde_json::{Value, json};
 
@@ -60,6 +60,7 @@ fn schema() -> Value {
         |entry: Value| json!({"type": "object", "propertyNames": {"pattern": NAME}, "additionalProperties": entry});
     let server = of::<ServerConfig>(&mut definitions);
     let checkpoint = of::<CheckpointConfig>(&mut definitions);
+    let guarantee = of::<Guarantee>(&mut definitions);
     let mut schema = json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "pipelines.yaml",
@@ -67,6 +68,7 @@ fn schema() -> Value {
         "properties": {
             "server": server,
             "checkpoint": checkpoint,
+            "guarantee": guarantee,
             "sources": section(json!({"oneOf": sources})),
             "pipelines": section(pipeline),
             "sinks": section(json!({"oneOf": sinks})),

@@ -18,7 +18,8 @@ pub struct Server {
     stop: &'static str,
     /// URL up to the database's name.
     base: String,
-    port: u16,
+    /// Its port on 127.0.0.1.
+    pub port: u16,
     _folder: Scratch,
 }
 
@@ -81,15 +82,41 @@ pub fn unique(prefix: &str) -> String {
 
 /// Runs statements on the database of a URL, over a connection of their own.
 pub async fn execute(url: &str, sql: &str) {
-    let sql = sqlx::raw_sql(AssertSqlSafe(sql.to_owned()));
-    if url.starts_with("postgres") {
-        sqlx::PgConnection::connect(url).await.expect(url).execute(sql).await.map(drop)
-    } else if url.starts_with("mysql") {
-        sqlx::MySqlConnection::connect(url).await.expect(url).execute(sql).await.map(drop)
-    } else {
-        sqlx::SqliteConnection::connect(url).await.expect(url).execute(sql).await.map(drop)
+    Session::open(url).await.execute(sql).await;
+}
+
+/// A connection whose transactions may stay open from one statement to the next.
+pub enum Session {
+    /// To PostgreSQL.
+    Postgres(sqlx::PgConnection),
+    /// To MariaDB.
+    MySql(sqlx::MySqlConnection),
+    /// To a file.
+    Sqlite(sqlx::SqliteConnection),
+}
+
+impl Session {
+    /// Connects to the database of a URL.
+    pub async fn open(url: &str) -> Self {
+        if url.starts_with("postgres") {
+            Self::Postgres(sqlx::PgConnection::connect(url).await.expect(url))
+        } else if url.starts_with("mysql") {
+            Self::MySql(sqlx::MySqlConnection::connect(url).await.expect(url))
+        } else {
+            Self::Sqlite(sqlx::SqliteConnection::connect(url).await.expect(url))
+        }
     }
-    .expect("statement");
+
+    /// Runs statements.
+    pub async fn execute(&mut self, sql: &str) {
+        let statements = sqlx::raw_sql(AssertSqlSafe(sql.to_owned()));
+        let done = match self {
+            Self::Postgres(connection) => connection.execute(statements).await.map(drop),
+            Self::MySql(connection) => connection.execute(statements).await.map(drop),
+            Self::Sqlite(connection) => connection.execute(statements).await.map(drop),
+        };
+        done.unwrap_or_else(|e| panic!("{sql}: {e}"));
+    }
 }
 
 /// Neither server runs as root: then as its own user, which gets the folder.

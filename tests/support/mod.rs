@@ -6,6 +6,8 @@ pub mod http;
 pub mod json_schema;
 pub mod mosquitto;
 pub mod program;
+pub mod proxy;
+pub mod random;
 pub mod redis;
 pub mod websocket;
 

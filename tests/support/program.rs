@@ -31,13 +31,18 @@ impl Program {
 
     /// As [`Self::start`], in a folder and on a port of the caller's.
     pub fn start_in(scratch: Scratch, port: u16, yaml: &str) -> Self {
+        Self::start_with(scratch, port, yaml, &[])
+    }
+
+    /// As [`Self::start_in`], with options of `run`.
+    pub fn start_with(scratch: Scratch, port: u16, yaml: &str, options: &[&str]) -> Self {
         let yaml = if yaml.contains("server:") {
             yaml.to_owned()
         } else {
             format!("server: {{listen: 127.0.0.1:PORT}}\n{yaml}")
         };
         scratch.write("pipelines.yaml", &yaml.replace("PORT", &port.to_string()));
-        Self::launch(scratch, port, Command::new(BINARY).arg("run"))
+        Self::launch(scratch, port, Command::new(BINARY).arg("run").args(options))
     }
 
     /// Starts the binary on `examples/NAME` as it is, but in a folder and on a port of its own.
@@ -223,17 +228,27 @@ pub struct Sse {
 impl Sse {
     /// Opens an event stream.
     pub fn open(port: u16, path: &str) -> Self {
-        let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("a connection");
+        Self::try_open(port, path).expect("an answer")
+    }
+
+    /// Opens an event stream; `None` if nothing answers.
+    pub fn try_open(port: u16, path: &str) -> Option<Self> {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
         stream.set_read_timeout(Some(super::PATIENCE)).expect("a timeout");
         let head = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n");
-        stream.write_all(head.as_bytes()).expect("a request");
+        stream.write_all(head.as_bytes()).ok()?;
         let mut reader = BufReader::new(stream);
-        let (status, _) = read_head(&mut reader).expect("an answer");
-        Self { reader, text: String::new(), status }
+        let (status, _) = read_head(&mut reader)?;
+        Some(Self { reader, text: String::new(), status })
     }
 
     /// The next event as (event, id, data).
     pub fn next(&mut self) -> (String, String, String) {
+        self.try_next().expect("more of the stream")
+    }
+
+    /// As [`Self::next`]; `None` if the stream ends, in the middle of an event too.
+    pub fn try_next(&mut self) -> Option<(String, String, String)> {
         loop {
             if let Some(end) = self.text.find("\n\n") {
                 let block: String = self.text.drain(..end + 2).collect();
@@ -243,11 +258,11 @@ impl Sse {
                 };
                 let (event, id, data) = (field("event"), field("id"), field("data"));
                 if !data.is_empty() {
-                    return (event, id, data);
+                    return Some((event, id, data));
                 }
                 continue;
             }
-            let chunk = read_chunk(&mut self.reader).expect("more of the stream");
+            let chunk = read_chunk(&mut self.reader)?;
             self.text.push_str(&String::from_utf8(chunk).expect("UTF-8"));
         }
     }

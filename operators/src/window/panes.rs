@@ -282,7 +282,7 @@ impl Operator for PaneWindow {
     fn snapshot(&self, state: &mut StateWriter) {
         state.attempt(|state| {
             self.core.save(state);
-            self.core.save_slots(self.panes.all(), state)
+            self.core.save_slots(&self.panes.all(), state)
         });
     }
 

@@ -169,9 +169,10 @@ impl Operator for RunningWindow {
         state.attempt(|state| {
             self.core.save(state);
             state.i64(self.resets_at_us);
-            self.core.save_slots(self.ticks.all(), state)?;
+            self.core.save_slots(&self.ticks.all(), state)?;
             let totals = self.totals.iter().filter(|slot| **slot != NONE);
-            self.core.save_slots(totals.map(|slot| (0, *slot)).collect(), state)
+            let totals: Vec<(i64, u32)> = totals.map(|slot| (0, *slot)).collect();
+            self.core.save_slots(&totals, state)
         });
     }
 

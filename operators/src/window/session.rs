@@ -201,8 +201,9 @@ impl Operator for SessionWindow {
         state.attempt(|state| {
             self.core.save(state);
             let open = self.by_key.iter().flatten();
-            let places = open.map(|slot| (self.sessions[*slot as usize].first_us, *slot)).collect();
-            self.core.save_slots(places, state)
+            let place = |slot: &u32| (self.sessions[*slot as usize].first_us, *slot);
+            let places: Vec<(i64, u32)> = open.map(place).collect();
+            self.core.save_slots(&places, state)
         });
     }
 

@@ -419,9 +419,9 @@ impl Core {
 
     /// Writes slots, each with a number that says where it belongs, in the order given: one that stays the same from
     /// one checkpoint to the next leaves most of the state the same.
-    pub(super) fn save_slots(&self, places: Vec<(i64, u32)>, state: &mut StateWriter) -> Result<()> {
+    pub(super) fn save_slots(&self, places: &[(i64, u32)], state: &mut StateWriter) -> Result<()> {
         state.u64(places.len() as u64);
-        for (place, slot) in &places {
+        for (place, slot) in places {
             state.i64(*place);
             state.bytes(self.keys.bytes(self.key_of(*slot)));
             let seen = self.seen(*slot);

@@ -15,17 +15,36 @@ pub struct CheckContext<'a> {
     node: String,
     position: Position,
     folder: &'a Path,
+    exactly_once: bool,
 }
 
 impl<'a> CheckContext<'a> {
     /// For the node `node`, whose block starts at `position`, in a YAML file in `folder`.
     pub fn new(problems: &'a mut Problems, node: impl Into<String>, position: Position, folder: &'a Path) -> Self {
-        Self { problems, node: node.into(), position, folder }
+        Self { problems, node: node.into(), position, folder, exactly_once: false }
     }
 
     /// The same for a part of this node.
     pub fn part(&mut self, node: impl Into<String>, position: Position) -> CheckContext<'_> {
-        CheckContext { problems: self.problems, node: node.into(), position, folder: self.folder }
+        let (folder, exactly_once) = (self.folder, self.exactly_once);
+        CheckContext { problems: self.problems, node: node.into(), position, folder, exactly_once }
+    }
+
+    /// The same where the file says `guarantee: exactly_once`, if `asked`.
+    #[must_use]
+    pub fn asked_exactly_once(self, asked: bool) -> Self {
+        Self { exactly_once: asked, ..self }
+    }
+
+    /// Whether the file asks that nothing is lost and nothing comes twice.
+    pub fn exactly_once(&self) -> bool {
+        self.exactly_once
+    }
+
+    /// Reports what may lose rows or repeat them: an error where `guarantee: exactly_once` is asked, else a note.
+    pub fn weakness(&mut self, position: Position, message: impl Into<String>, hint: Option<String>) {
+        let severity = if self.exactly_once { Severity::Error } else { Severity::Note };
+        self.push(severity, position, message.into(), hint);
     }
 
     /// The node's name, such as `source devices`.

@@ -63,6 +63,14 @@ impl Default for CheckpointConfig {
     }
 }
 
+/// What is asked of every source and sink of the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Guarantee {
+    /// Nothing is lost and nothing comes twice, through crashes: what cannot promise it is refused.
+    ExactlyOnce,
+}
+
 /// Where a source's event time comes from.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -214,6 +222,8 @@ pub struct Pipelines {
     pub server: ServerConfig,
     /// Checkpoints.
     pub checkpoint: CheckpointConfig,
+    /// What is asked of every source and sink. Default: what each of them can promise.
+    pub guarantee: Option<Guarantee>,
     /// Sources in file order.
     pub sources: Vec<SourceEntry>,
     /// Pipelines in file order.
@@ -244,7 +254,7 @@ pub fn parse(text: &str, folder: &Path, lookup: &dyn Fn(&str) -> Option<String>,
 }
 
 /// The keys of a file.
-const SECTIONS: [&str; 5] = ["server", "checkpoint", "sources", "pipelines", "sinks"];
+const SECTIONS: [&str; 6] = ["server", "checkpoint", "guarantee", "sources", "pipelines", "sinks"];
 
 impl Pipelines {
     fn section(&mut self, key: &Key, node: Node, cx: &mut CheckContext<'_>) {
@@ -257,6 +267,10 @@ impl Pipelines {
             "checkpoint" => {
                 let mut cx = cx.part("checkpoint", key.position);
                 self.checkpoint = deserialize::read_rest(&node, &mut cx).unwrap_or_default();
+            }
+            "guarantee" => {
+                let mut cx = cx.part("guarantee", key.position);
+                self.guarantee = deserialize::read(&node, &mut cx);
             }
             "sources" => self.sources = self.entries(key, node, "source", cx, source_entry),
             "pipelines" => self.pipelines = self.entries(key, node, "pipeline", cx, pipeline_entry),

@@ -16,7 +16,9 @@ use crate::config::{At, CheckContext, Pipelines, Position, Problems, did_you_mea
 use crate::plugin::operator::AnyOperator;
 use crate::plugin::sink::AnySink;
 use crate::plugin::source::AnySource;
-use crate::plugin::{Mount, Operator, Planned, Plugins, SinkInput, SourcePlugin, SourceShape, StreamShape};
+use crate::plugin::{
+    Delivery, Mount, Operator, Planned, Plugins, Promise, SinkInput, SourcePlugin, SourceShape, StreamShape,
+};
 use crate::schema::type_word;
 
 /// Metric of a source's row errors: the source's name and this.
@@ -64,7 +66,7 @@ pub fn check(file: &Pipelines, plugins: &Plugins, problems: &mut Problems) -> Op
         pipelines: pipelines.into_iter().map(|p| p.pipeline).collect::<Option<_>>()?,
         sinks: sinks.into_iter().collect::<Option<_>>()?,
     };
-    notes(file, &graph, problems);
+    notes(file, &graph, plugins, problems);
     Some(graph)
 }
 
@@ -94,7 +96,8 @@ struct Checked {
 
 impl<'a> Checker<'a> {
     fn context(&mut self, node: String, position: Position) -> CheckContext<'_> {
-        CheckContext::new(self.problems, node, position, &self.file.folder)
+        let asked = self.file.guarantee.is_some();
+        CheckContext::new(self.problems, node, position, &self.file.folder).asked_exactly_once(asked)
     }
 
     fn file_level(&mut self) {
@@ -158,6 +161,11 @@ impl<'a> Checker<'a> {
             None => columns_in_spite(plugin, entry, &file.folder)?,
         };
         let config: Arc<dyn AnySource> = config.into();
+        if cx.exactly_once() && !shape.delivery.is_exact() {
+            let message =
+                format!("source `{}` cannot promise exactly once: {}", entry.name.value, shape.delivery.sentence());
+            cx.error_hint(type_name.position, message, plugin.instead.map(str::to_owned));
+        }
         duplicate_columns(&shape.schema, entry.position, &mut cx);
         let event_time = entry.common.event_time.as_ref().and_then(|config| {
             let column = cx.column(&config.field, &shape.schema)?;
@@ -471,12 +479,20 @@ impl<'a> Checker<'a> {
         let checked = unknown::for_every_type(&shapes, self.problems, |shapes, problems| {
             let of = |(input, shape): (&SinkInput, &StreamShape)| SinkInput { shape: shape.clone(), ..input.clone() };
             let inputs: Vec<SinkInput> = known.iter().zip(shapes).map(of).collect();
-            config.check(&inputs, &mut CheckContext::new(problems, node.clone(), entry.position, &file.folder))
+            let cx = CheckContext::new(problems, node.clone(), entry.position, &file.folder);
+            config.check(&inputs, &mut cx.asked_exactly_once(file.guarantee.is_some()))
         });
         let shape = checked.into_iter().next().flatten()?;
         let mut cx = self.context(node, entry.position);
         if inputs.is_empty() && all_known {
             cx.note(entry.position, "no pipeline writes to this sink");
+        }
+        // Rows in error are there to be looked at.
+        let takes_rows = producers.iter().any(|producer| matches!(producer, Producer::Pipeline(_)));
+        if cx.exactly_once() && takes_rows && shape.promise == Promise::AtLeastOnce {
+            let name = &entry.name.value;
+            let message = format!("sink `{name}` cannot promise exactly once: {}", shape.promise.sentence());
+            cx.error_hint(entry.type_name.position, message, plugin.instead.map(str::to_owned));
         }
         let (name, type_name) = (entry.name.value.clone(), entry.type_name.value.clone());
         Some(GraphSink { name, type_name, config, inputs, producers, shape })
@@ -663,7 +679,7 @@ fn fingerprint(entry: &PipelineEntry, inputs: &[Input], sources: &[Option<GraphS
 }
 
 /// What the user should know of a graph that is right.
-fn notes(file: &Pipelines, graph: &Graph, problems: &mut Problems) {
+fn notes(file: &Pipelines, graph: &Graph, plugins: &Plugins, problems: &mut Problems) {
     for (index, (source, entry)) in graph.sources.iter().zip(&file.sources).enumerate() {
         let mut cx = CheckContext::new(problems, format!("source {}", source.name), entry.position, &file.folder);
         if downstream(&graph.pipelines, index).is_empty() {
@@ -673,6 +689,12 @@ fn notes(file: &Pipelines, graph: &Graph, problems: &mut Problems) {
         if let (true, Some(sink)) = (source.on_demand, durable.first()) {
             let position = entry.common.on_demand.position;
             cx.note(position, format!("`on_demand` has no effect: the sink `{}` always wants the rows", sink.name));
+        }
+        if let (Delivery::BestEffort, Some(sink)) = (source.shape.delivery, durable.first()) {
+            let promise = source.shape.delivery.sentence();
+            let message = format!("{promise}; the sink `{}` keeps only what arrives", sink.name);
+            let instead = plugins.source(&source.type_name).and_then(|plugin| plugin.instead);
+            cx.weakness(entry.common.type_name.position, message, instead.map(str::to_owned));
         }
     }
     for pipeline in &graph.pipelines {

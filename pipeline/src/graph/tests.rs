@@ -10,9 +10,9 @@ use crate::batch::Batch;
 use crate::config::{At, CheckContext, Fields, Problems, pipelines};
 use crate::error::{Error, Result};
 use crate::plugin::{
-    Delivery, Mount, Operator, OperatorConfig, OperatorPlugin, Output, Planned, Plugins, Schedule, Sink, SinkConfig,
-    SinkContext, SinkInput, SinkPlugin, SinkShape, Source, SourceConfig, SourceContext, SourcePlugin, SourceShape,
-    StreamShape,
+    Delivery, Mount, Operator, OperatorConfig, OperatorPlugin, Output, Planned, Plugins, Promise, Schedule, Sink,
+    SinkConfig, SinkContext, SinkInput, SinkPlugin, SinkShape, Source, SourceConfig, SourceContext, SourcePlugin,
+    SourceShape, StreamShape,
 };
 
 /// A source with the columns that it is told.
@@ -108,6 +108,7 @@ impl SinkConfig for Store {
             history: self.folder.as_ref().map(|folder| cx.resolve(folder)),
             live: self.live,
             takes_revised: true,
+            promise: Promise::default(),
         })
     }
     fn build(&self, _cx: SinkContext) -> Result<Sink> {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
 use chrono::{DateTime, NaiveDate, Utc};
-use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
+use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
 
 use crate::batch::with_hidden_columns;
 use crate::disk::{Disk, Entry};
@@ -156,6 +156,56 @@ pub(super) fn metadata(table: &Path, path: &Path) -> io::Result<fs::Metadata> {
     }
 }
 
+/// What lies in a table's folder beside its published files: names that no sink of Tailwater gives.
+pub fn strays(table: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut strays = Vec::new();
+    for (day_name, day_path) in entries(table)? {
+        if day_name.strip_prefix("dt=").and_then(parse_day).is_none() || !day_path.is_dir() {
+            strays.push(day_path);
+            continue;
+        }
+        for (hour_name, hour_path) in entries(&day_path)? {
+            if hour_name.strip_prefix("hh=").and_then(parse_hour).is_none() || !hour_path.is_dir() {
+                strays.push(hour_path);
+                continue;
+            }
+            let files = entries(&hour_path)?.into_iter();
+            strays.extend(files.filter(|(name, _)| sink_and_checkpoint(name).is_none()).map(|(_, path)| path));
+        }
+    }
+    strays.sort();
+    Ok(strays)
+}
+
+/// The sink and the checkpoint that the name of a published file tells.
+pub fn sink_and_checkpoint(name: &str) -> Option<(&str, u64)> {
+    let mut parts = name.strip_suffix(".parquet")?.rsplitn(3, '-');
+    let (part, checkpoint, sink) = (parts.next()?, parts.next()?, parts.next()?);
+    part.parse::<u64>().ok()?;
+    // Merged from several: the newest of their checkpoints tells.
+    let merged = sink.rsplit_once("-compacted-").filter(|(_, first)| first.parse::<u64>().is_ok());
+    let sink = merged.map_or(sink, |(sink, _)| sink);
+    Some((sink, checkpoint.parse().ok()?)).filter(|_| !sink.is_empty() && !sink.starts_with(['.', '_']))
+}
+
+/// Reads a whole Parquet file, its footer and every row, and says how many rows it has.
+///
+/// Parquet as it is written here has no checksums: a changed value that is still well-formed cannot be seen.
+pub fn read_whole(path: &Path) -> Result<u64> {
+    let failed = |cause: Box<dyn std::error::Error + Send + Sync>| Error::outside("cannot be read").because(cause);
+    let file = File::open(path).map_err(|e| failed(e.into()))?;
+    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| failed(e.into()))?;
+    let expected = u64::try_from(builder.metadata().file_metadata().num_rows()).unwrap_or_default();
+    let mut rows = 0;
+    for batch in builder.build().map_err(|e| failed(e.into()))? {
+        rows += batch.map_err(|e| failed(e.into()))?.num_rows() as u64;
+    }
+    if rows != expected {
+        return Err(Error::outside(format!("its footer tells of {expected} rows, but it has {rows}")));
+    }
+    Ok(rows)
+}
+
 /// Names and paths in a folder; none if it is not there (any more) or is no folder.
 fn entries(folder: &Path) -> io::Result<Entries> {
     let named = |entry: DirEntry| Some((entry.file_name().into_string().ok()?, entry.path()));
@@ -228,6 +278,22 @@ mod tests {
     }
 
     #[test]
+    fn the_name_of_a_file_tells_its_sink_and_checkpoint() {
+        for (name, expected) in [
+            ("h-12-0.parquet", Some(("h", 12))),
+            ("long-name-12-3.parquet", Some(("long-name", 12))),
+            ("h-compacted-3-17-2.parquet", Some(("h", 17))),
+            ("-12-3.parquet", None),
+            ("_h-12-3.parquet", None),
+            ("h-12.parquet", None),
+            ("h-x-0.parquet", None),
+            ("h-12-0.part", None),
+        ] {
+            assert_eq!(sink_and_checkpoint(name), expected, "{name}");
+        }
+    }
+
+    #[test]
     fn an_hour_tells_its_end_and_where_it_is_swapped_to() {
         let folder = Path::new("/a/h");
         let path = folder.join("t").join(hour_folder(parse_us("2026-11-20T23:10:00Z").expect("a time")));
@@ -267,5 +333,9 @@ mod tests {
         let names: Vec<_> = list(folder.path()).expect("a listing").into_iter().map(|f| (f.hour, f.path)).collect();
         let hour = |name: &str| folder.path().join("dt=2026-11-20").join(name);
         assert_eq!(names, [(2, hour("hh=02/h-1-0.parquet")), (13, hour("hh=13/h-2-0.parquet"))]);
+        let strays: Vec<_> = strays(folder.path()).expect("a listing");
+        let top = |name: &str| folder.path().join(name);
+        let hidden = [hour("h-1-0.parquet"), hour("hh=02/.h-1-0.parquet"), hour("hh=02/h-1-0.part"), hour("hh=24")];
+        assert_eq!(strays, [&[top(".stage"), top("README")][..], &hidden, &[top("dt=today")]].concat());
     }
 }

@@ -18,6 +18,8 @@ use crate::error::{Error, Result};
 /// It does not borrow the [`Log`](super::Log): another thread may go on appending. It sees what was committed. Memory: what is
 /// read at once (1 MiB), or one group if that is longer; the payloads it gives share that memory, so keeping one keeps it all.
 ///
+/// It passes over numbers whose records [`salvage`](super::salvage) has found to be lost.
+///
 /// After [`Log::truncate`](super::Log::truncate) a cursor made before is void: make a new one.
 #[derive(Debug)]
 pub struct Cursor {
@@ -67,7 +69,7 @@ impl Cursor {
             self.records.advance(length);
             self.records_left -= 1;
             self.next += 1;
-            if record.lsn >= self.from {
+            if record.lsn >= self.from && record.kind != format::LOST {
                 return Ok(Some(record));
             }
         }

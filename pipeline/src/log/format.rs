@@ -15,6 +15,8 @@ const GROUP_MAGIC: [u8; 4] = [0xF7, b'G', b'R', b'P'];
 pub(super) const GROUP_HEADER: usize = 32;
 /// Bytes of a record's header before its metadata and payload.
 pub(super) const RECORD_HEADER: usize = 17;
+/// The kind of a record that was lost to damage: it only keeps its number.
+pub(super) const LOST: u8 = 255;
 /// The most bytes of one group. The format ends at 4 GiB; this leaves every machine able to hold a group in memory.
 pub(super) const GROUP_BYTES_MAX: usize = 1 << 30;
 

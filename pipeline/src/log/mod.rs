@@ -26,7 +26,7 @@
 //!
 //! | record | bytes | |
 //! | --- | --- | --- |
-//! | kind | u8 | the owner's |
+//! | kind | u8 | the owner's; 255: a record that was lost to damage |
 //! | ingest time | i64 | microseconds since 1970 |
 //! | metadata length | u32 | |
 //! | payload length | u32 | |
@@ -39,7 +39,8 @@
 //! A segment is written under another name, synced and renamed, and the one before it is synced first. So a crash leaves
 //! one thing that is not whole: the last groups of the last segment. [`Log::open`] cuts them off. Anything else is damage to bytes
 //! that were durable: a bad header, a bad group in an older segment, a gap, or a bad group before one whose `synced` reaches
-//! past it. Then the log does not open, because going on would lose records in silence.
+//! past it. Then the log does not open, because going on would lose records in silence. [`salvage`] mends it, keeps what can be
+//! read, and says what is lost.
 //!
 //! After an error of a sync the log is of no use any more: the operating system may have dropped the bytes and called them
 //! clean, so that a second sync proves nothing. The next start reads what the disk has.
@@ -48,6 +49,7 @@ mod cursor;
 mod format;
 mod groups;
 mod recovery;
+mod salvage;
 mod tail;
 #[cfg(test)]
 mod tests;
@@ -69,6 +71,7 @@ use self::format::{GROUP_BYTES_MAX, GROUP_HEADER};
 use self::groups::Groups;
 pub use self::recovery::{Damage, Report, Segment, inspect};
 use self::recovery::{damaged, scan, segment_path};
+pub use self::salvage::{Mended, salvage};
 use self::tail::{Tail, find_place};
 use crate::disk::{Disk, NotWritten, remove_drafts, write_whole};
 use crate::error::{Error, Result};
@@ -206,7 +209,7 @@ impl Log {
     }
 
     /// Buffers a record and says its number. It is in memory only until the next commit: the caller bounds
-    /// [`Log::buffered_bytes`].
+    /// [`Log::buffered_bytes`]. Kind 255 is taken.
     pub fn append(&mut self, kind: u8, ingest_us: i64, metadata: &[u8], payload: &[u8]) -> u64 {
         let lsn = self.next_lsn();
         format::push_record(&mut self.buffer, kind, ingest_us, metadata, payload);

@@ -121,7 +121,8 @@ fn segment_lsn(name: &str) -> Option<u64> {
 pub(super) fn damaged(path: &Path, offset: u64, what: &str) -> Error {
     Error::outside(format!(
         "`{}` is damaged at byte {offset}: {what}. Records that were safe are lost there, so nothing is read past it. \
-         `pipeline doctor` shows what can be saved; a copy of the folder from before the damage is better",
+         `pipeline doctor` shows what can be saved, `pipeline doctor --salvage` saves it; a copy of the folder from before \
+         the damage is better",
         path.display()
     ))
     .fatal()
@@ -205,7 +206,8 @@ fn scan_segment(
     }
 }
 
-fn records_fill(mut body: &[u8], count: u32) -> bool {
+/// Whether this is the body of a group of so many records.
+pub(super) fn records_fill(mut body: &[u8], count: u32) -> bool {
     for _ in 0..count {
         let Some(length) = format::record_length(body) else { return false };
         body = &body[length..];

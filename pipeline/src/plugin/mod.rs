@@ -25,8 +25,8 @@ pub mod source;
 pub use operator::{Operator, OperatorConfig, OperatorPlugin, Output, Planned, StreamShape};
 pub use registry::Plugins;
 pub use sink::{
-    BatchLimits, BatchOptions, HistoryTail, LiveSink, Mount, OutboxSink, Sink, SinkConfig, SinkContext, SinkInput,
-    SinkPlugin, SinkShape, StagingSink, Upkeep, Upkept,
+    BatchLimits, BatchOptions, HistoryTail, LiveSink, Mount, OutboxSink, Promise, Sink, SinkConfig, SinkContext,
+    SinkInput, SinkPlugin, SinkShape, StagedFile, StagingSink, Upkeep, Upkept,
 };
 pub use source::{
     Acknowledger, Decoded, Decoder, Delivery, PullReader, Pulled, PushReader, Reader, Receipt, Receipts, Record,

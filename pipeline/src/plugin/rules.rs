@@ -16,8 +16,8 @@ use schemars::Schema;
 use serde_json::Value as Json;
 
 use super::operator::{OperatorPlugin, StreamShape};
-use super::sink::{SinkInput, SinkPlugin};
-use super::source::SourcePlugin;
+use super::sink::{SinkInput, SinkPlugin, SinkShape};
+use super::source::{SourcePlugin, SourceShape};
 use crate::config::tree::{self, Key, Node, Scalar, Value};
 use crate::config::{CheckContext, Position, Problems};
 use crate::schema::{FieldType, schema_of};
@@ -39,7 +39,13 @@ pub fn broken_by_sources(plugins: &[SourcePlugin]) -> Vec<String> {
         rules.page(plugin.page);
         rules.schema(&(plugin.schema)());
         let Some(block) = rules.block(plugin.example, &SOURCE_KEYS_OF_THE_ENGINE) else { continue };
-        rules.clean(|cx| (plugin.read)(&block, cx).and_then(|source| source.check(cx)).is_some());
+        let mut shape = None;
+        rules.clean(|cx| {
+            shape = (plugin.read)(&block, cx).and_then(|source| source.check(cx));
+            shape.is_some()
+        });
+        let names_it = |shape: &SourceShape| plugin.promises.iter().any(|(_, promise)| *promise == shape.delivery);
+        rules.promise(shape.as_ref().is_none_or(names_it));
         rules.unknown_key(&block, |block, cx| (plugin.read)(block, cx).is_some());
     }
     broken
@@ -80,6 +86,8 @@ pub fn broken_by_sinks(plugins: &[SinkPlugin]) -> Vec<String> {
             shape.is_some()
         });
         rules.unknown_key(&block, |block, cx| (plugin.read)(block, cx).is_some());
+        let names_it = |shape: &SinkShape| plugin.promises.iter().any(|(_, promise)| *promise == shape.promise);
+        rules.promise(shape.as_ref().is_none_or(names_it));
         // What is neither live nor staged in files is delivered from an outbox.
         if shape.is_some_and(|shape| !shape.live && shape.history.is_none()) {
             rules.batch(&block, |block, cx| check(block, cx).is_some());
@@ -134,6 +142,13 @@ impl<'a> Rules<'a> {
         let one_sentence = first.ends_with('.') && !first.starts_with('#') && !first.contains(". ");
         if !one_sentence {
             self.broken(format!("the page's first line is not one sentence: `{first}`"));
+        }
+    }
+
+    /// The promises name that of the example.
+    fn promise(&mut self, names_it: bool) {
+        if !names_it {
+            self.broken("`PROMISES` does not name what the example promises");
         }
     }
 
@@ -295,15 +310,16 @@ mod tests {
     use super::*;
     use crate::error::{Error, Result};
     use crate::plugin::{
-        Delivery, Schedule, Sink, SinkConfig, SinkContext, SinkShape, Source, SourceConfig, SourceContext, SourceShape,
+        Delivery, Promise, Schedule, Sink, SinkConfig, SinkContext, Source, SourceConfig, SourceContext,
     };
 
     macro_rules! source {
-        ($name:ident, $type_name:literal, $page:literal, $example:literal) => {
+        ($name:ident, $type_name:literal, $page:literal, $example:literal, $promises:expr) => {
             impl SourceConfig for $name {
                 const TYPE: &'static str = $type_name;
                 const PAGE: &'static str = $page;
                 const EXAMPLE: &'static str = $example;
+                const PROMISES: &'static [(&'static str, Delivery)] = $promises;
 
                 fn check(&self, _: &mut CheckContext<'_>) -> Option<SourceShape> {
                     Some(SourceShape {
@@ -330,7 +346,13 @@ mod tests {
         #[serde(rename = "url")]
         _url: String,
     }
-    source!(Good, "good", "Gives rows.\n\n## Emits", "type: good\nurl: a\nevent_time: {field: ts}");
+    source!(
+        Good,
+        "good",
+        "Gives rows.\n\n## Emits",
+        "type: good\nurl: a\nevent_time: {field: ts}",
+        &[("", Delivery::Sampled)]
+    );
 
     #[derive(Deserialize, JsonSchema)]
     struct Bad {
@@ -342,7 +364,12 @@ mod tests {
         #[serde(rename = "host")]
         _host: String,
     }
-    source!(Bad, "Bad", "# Bad", "type: bat\nurl: {}");
+    source!(Bad, "Bad", "# Bad", "type: bat\nurl: {}", &[]);
+
+    #[derive(Deserialize, JsonSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Silent {}
+    source!(Silent, "silent", "Gives rows.", "type: silent", &[("", Delivery::Replayable)]);
 
     /// An outbox sink, since it is neither live nor history, but without `batch`.
     #[derive(Deserialize, JsonSchema)]
@@ -352,6 +379,7 @@ mod tests {
         const TYPE: &'static str = "unbatched";
         const PAGE: &'static str = "Takes rows.\n\n## Writes";
         const EXAMPLE: &'static str = "type: unbatched";
+        const PROMISES: &'static [(&'static str, Promise)] = &[("", Promise::AtLeastOnce)];
 
         fn check(&self, _: &[SinkInput], _: &mut CheckContext<'_>) -> Option<SinkShape> {
             Some(SinkShape::default())
@@ -371,6 +399,8 @@ mod tests {
     #[test]
     fn what_breaks_a_rule_is_named_and_what_does_not_passes() {
         assert_eq!(broken_by_sources(&[SourcePlugin::of::<Good>()]), Vec::<String>::new());
+        let silent = broken_by_sources(&[SourcePlugin::of::<Silent>()]);
+        assert!(silent.iter().any(|one| one.contains("`PROMISES` does not name")), "{silent:?}");
         let broken = broken_by_sources(&[SourcePlugin::of::<Bad>(), SourcePlugin::of::<Bad>()]).join("\n");
         for expected in [
             "not snake_case",

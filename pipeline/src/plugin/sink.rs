@@ -36,6 +36,11 @@ pub trait SinkConfig: DeserializeOwned + JsonSchema + Send + Sync + Sized + 'sta
     const PAGE: &'static str;
     /// YAML of one sink, with `type:`, that checks clean for the example rows of the operators.
     const EXAMPLE: &'static str;
+    /// What happens to rows when the process or the other side dies: for each way of using the sink, in Markdown (empty if
+    /// there is but one).
+    const PROMISES: &'static [(&'static str, Promise)] = &[];
+    /// What to use instead where `guarantee: exactly_once` asks for more than the sink can promise.
+    const INSTEAD: Option<&'static str> = None;
 
     /// Reports what is wrong, for the pipelines that name this sink. Pure. `inputs` is empty if none does, or if what
     /// one writes is not known because of its own mistakes: then nothing is wrong for want of a column.
@@ -43,6 +48,21 @@ pub trait SinkConfig: DeserializeOwned + JsonSchema + Send + Sync + Sized + 'sta
 
     /// Makes the running sink. Called once; opens no connection. May create folders.
     fn build(&self, cx: SinkContext) -> Result<Sink>;
+
+    /// The staged files that the state of this sink in a checkpoint names, for `pipeline doctor`. Pure. A sink that stages
+    /// none keeps the default.
+    fn staged(&self, _state: &mut StateReader<'_>) -> Result<Vec<StagedFile>> {
+        Ok(Vec::new())
+    }
+}
+
+/// A staged file that a checkpoint names: it is there under one of two names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StagedFile {
+    /// Name in the folder of staged files.
+    pub staged: String,
+    /// Where it appears, counted from the folder of the history.
+    pub published: PathBuf,
 }
 
 /// One pipeline that names the sink.
@@ -65,6 +85,33 @@ pub struct SinkShape {
     pub live: bool,
     /// Whether it takes `Revised` rows (live, history and upsert sinks do).
     pub takes_revised: bool,
+    /// What happens to rows when the process or the other side dies.
+    pub promise: Promise,
+}
+
+/// What happens to rows of a sink when the process or the other side dies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Promise {
+    /// None is lost; one may be written again.
+    #[default]
+    AtLeastOnce,
+    /// None is lost, none is written twice.
+    ExactlyOnce,
+    /// Rows are for whoever listens now.
+    Live,
+}
+
+impl Promise {
+    /// One sentence for pages and `check`.
+    pub fn sentence(self) -> &'static str {
+        match self {
+            Self::AtLeastOnce => {
+                "at least once: none is lost; after a crash or a lost connection rows may be written again"
+            }
+            Self::ExactlyOnce => "exactly once: none is lost, none is written twice",
+            Self::Live => "live: whoever listens now gets the rows; history is where they are kept",
+        }
+    }
 }
 
 /// A route on the HTTP listener; two plugins on one are an error.
@@ -240,6 +287,10 @@ pub struct SinkPlugin {
     pub page: &'static str,
     /// The example block.
     pub example: &'static str,
+    /// What happens to rows when the process or the other side dies, for each way of using it.
+    pub promises: &'static [(&'static str, Promise)],
+    /// What to use instead where more is asked than it can promise.
+    pub instead: Option<&'static str>,
     /// JSON Schema of the options.
     pub schema: fn() -> schemars::Schema,
     /// Reads a YAML block.
@@ -252,6 +303,8 @@ pub trait AnySink: Send + Sync {
     fn check(&self, inputs: &[SinkInput], cx: &mut CheckContext<'_>) -> Option<SinkShape>;
     /// See [`SinkConfig::build`].
     fn build(&self, cx: SinkContext) -> Result<Sink>;
+    /// See [`SinkConfig::staged`].
+    fn staged(&self, state: &mut StateReader<'_>) -> Result<Vec<StagedFile>>;
 }
 
 impl<T: SinkConfig> AnySink for T {
@@ -260,6 +313,9 @@ impl<T: SinkConfig> AnySink for T {
     }
     fn build(&self, cx: SinkContext) -> Result<Sink> {
         SinkConfig::build(self, cx)
+    }
+    fn staged(&self, state: &mut StateReader<'_>) -> Result<Vec<StagedFile>> {
+        SinkConfig::staged(self, state)
     }
 }
 
@@ -270,6 +326,8 @@ impl SinkPlugin {
             type_name: T::TYPE,
             page: T::PAGE,
             example: T::EXAMPLE,
+            promises: T::PROMISES,
+            instead: T::INSTEAD,
             schema: || schemars::schema_for!(T),
             read: |node, cx| Some(Box::new(deserialize::read::<T>(node, cx)?)),
         }

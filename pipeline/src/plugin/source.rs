@@ -41,6 +41,10 @@ pub trait SourceConfig: DeserializeOwned + JsonSchema + Send + Sync + Sized + 's
     const PAGE: &'static str;
     /// YAML of one source named `example`, with `type:`, that checks clean: the block below its name.
     const EXAMPLE: &'static str;
+    /// What happens to rows when the process dies: for each way of using the source, in Markdown (empty if there is but one).
+    const PROMISES: &'static [(&'static str, Delivery)] = &[];
+    /// What to use instead where `guarantee: exactly_once` asks for more than the source can promise.
+    const INSTEAD: Option<&'static str> = None;
 
     /// Reports what is wrong and says what the source emits. Pure: no I/O of any kind.
     /// The shape is given whenever the columns can be told, also where another option is wrong: then the pipelines can be
@@ -109,6 +113,11 @@ impl Delivery {
             Self::BestEffort => "best effort: rows sent while the process is away are lost",
             Self::Sampled => "a sample of the state at each poll",
         }
+    }
+
+    /// Whether no row is lost and none counts twice, through crashes of the process.
+    pub fn is_exact(self) -> bool {
+        matches!(self, Self::Replayable | Self::Acknowledged)
     }
 }
 
@@ -333,6 +342,10 @@ pub struct SourcePlugin {
     pub page: &'static str,
     /// The example block.
     pub example: &'static str,
+    /// What happens to rows when the process dies, for each way of using it.
+    pub promises: &'static [(&'static str, Delivery)],
+    /// What to use instead where more is asked than it can promise.
+    pub instead: Option<&'static str>,
     /// JSON Schema of the options.
     pub schema: fn() -> schemars::Schema,
     /// Reads a YAML block.
@@ -348,6 +361,8 @@ impl SourcePlugin {
             type_name: T::TYPE,
             page: T::PAGE,
             example: T::EXAMPLE,
+            promises: T::PROMISES,
+            instead: T::INSTEAD,
             schema: || schemars::schema_for!(T),
             read: |node, cx| Some(Box::new(deserialize::read::<T>(node, cx)?)),
             read_rest: |node, cx| Some(Box::new(deserialize::read_rest::<T>(node, cx)?)),

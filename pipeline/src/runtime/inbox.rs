@@ -76,8 +76,8 @@ enum Command {
 /// Records of an earlier run that no checkpoint covers.
 struct Replay {
     cursor: Cursor,
-    /// The next one, if it was read already.
-    read: Option<(Record, i64)>,
+    /// The next one, if it was read already, with its number and when it was received.
+    read: Option<(u64, Record, i64)>,
     /// Number of the next one.
     next: u64,
     /// Number after the last one.
@@ -174,7 +174,7 @@ impl Inbox {
     }
 
     /// Hands records to the disk.
-    pub(crate) fn append(&mut self, records: &[Record], ingest_us: i64) {
+    pub(crate) fn append(&mut self, records: Vec<Record>, ingest_us: i64) {
         if records.is_empty() {
             return;
         }
@@ -183,7 +183,7 @@ impl Inbox {
         self.waiting.push_back((self.next, bytes));
         self.waiting_bytes += bytes;
         // The thread ends only with this handle, or broken: then `progress` says so.
-        let _ = self.commands.send(Command::Append(records.to_vec(), ingest_us));
+        let _ = self.commands.send(Command::Append(records, ingest_us));
     }
 
     /// Whether more may be taken in.
@@ -233,15 +233,16 @@ impl Inbox {
         let mut records = Vec::new();
         let mut at = None;
         while records.len() < BATCH_ROWS_MAX {
-            let Some((record, ingest_us)) = replay.next()? else { break };
+            let Some((number, record, ingest_us)) = replay.read()? else { break };
             if at.is_some_and(|at| at != ingest_us) {
-                replay.read = Some((record, ingest_us));
+                replay.read = Some((number, record, ingest_us));
                 break;
             }
             at = Some(ingest_us);
             records.push(record);
+            // Not counted: some may be lost to damage.
+            replay.next = number + 1;
         }
-        replay.next += records.len() as u64;
         let Some(at) = at else {
             self.replay = None;
             return Ok(None);
@@ -256,7 +257,7 @@ impl Inbox {
 }
 
 impl Replay {
-    fn next(&mut self) -> Result<Option<(Record, i64)>> {
+    fn read(&mut self) -> Result<Option<(u64, Record, i64)>> {
         if let Some(read) = self.read.take() {
             return Ok(Some(read));
         }
@@ -265,7 +266,7 @@ impl Replay {
         }
         let Some(stored) = self.cursor.read()? else { return Ok(None) };
         let record = Record { payload: stored.payload, metadata: stored.metadata, token: 0 };
-        Ok(Some((record, stored.ingest_us)))
+        Ok(Some((stored.lsn, record, stored.ingest_us)))
     }
 }
 
@@ -411,8 +412,9 @@ mod tests {
 
     fn take(inbox: &mut Inbox, text: &str, ingest_us: i64) -> bool {
         let received = inbox.receive(vec![record(text)], ingest_us);
-        inbox.append(&received.fresh, ingest_us);
-        !received.fresh.is_empty()
+        let is_new = !received.fresh.is_empty();
+        inbox.append(received.fresh, ingest_us);
+        is_new
     }
 
     /// Waits until all is on the disk, or nothing more will be.

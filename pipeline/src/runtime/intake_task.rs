@@ -173,13 +173,20 @@ impl IntakeTask {
     /// The number of the first record in the inbox that a checkpoint does not have, by the state in it. Of a
     /// checkpoint that was taken before there was an inbox: `None`.
     pub(crate) fn first_not_covered(state: &[u8]) -> Result<Option<u64>> {
+        Self::place(state).map(|(_, first)| first)
+    }
+
+    /// Where the source goes on, by its state in a checkpoint: its position, if it has one, and what
+    /// [`Self::first_not_covered`] says.
+    pub(crate) fn place(state: &[u8]) -> Result<(Option<&[u8]>, Option<u64>)> {
         let mut state = StateReader::new(state);
-        state.bool()?;
-        state.bytes()?;
+        let known = state.bool()?;
+        let position = state.bytes()?;
         SourceClock::new(None).restore(&mut state)?;
         state.u64()?;
         state.u64()?;
-        if state.is_empty() { Ok(None) } else { state.u64().map(Some) }
+        let first = if state.is_empty() { None } else { Some(state.u64()?) };
+        Ok((known.then_some(position), first))
     }
 
     /// Takes over the state of a checkpoint and returns the position to go on from.
@@ -291,7 +298,7 @@ impl IntakeTask {
             }
         };
         if let Some(inbox) = &mut self.inbox {
-            inbox.append(&received.fresh, ingest_us);
+            inbox.append(received.fresh, ingest_us);
             // Also what came again is acknowledged in its turn: by then the first of its kind is on disk.
             if !received.tokens.is_empty() && self.link.is_some() {
                 self.unsettled.tokens.push_back((inbox.next(), received.tokens));

@@ -13,8 +13,11 @@
 mod back_off;
 mod clock;
 mod coordinator;
+pub mod doctor;
 mod edge;
+mod fresh;
 mod inbox;
+pub mod inspect;
 mod intake_task;
 mod outbox;
 mod pipeline_task;
@@ -27,6 +30,7 @@ mod upkeep_task;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use futures::FutureExt;
@@ -88,6 +92,8 @@ const SIGNALS_MAX: usize = 1024;
 pub struct Options {
     /// Take no new rows: restore, close every window, publish, end.
     pub drain: bool,
+    /// Go on without the state: move it aside and start anew.
+    pub fresh: bool,
     /// The web page: path and content type and text, mounted as they are.
     pub pages: Vec<(&'static str, &'static str, &'static str)>,
 }
@@ -101,11 +107,13 @@ pub struct Outcome {
     pub failed: Vec<(String, String)>,
 }
 
-/// Runs the graph until it ends or `stop` resolves. Blocks the calling thread.
-pub fn run(graph: Graph, options: Options, stop: impl Future<Output = ()> + Send) -> Result<Outcome> {
+/// Runs the graph until it ends or what `stop` gives resolves; `stop` is called first of all, within the runtime. Blocks
+/// the calling thread.
+pub fn run<S: Future<Output = ()> + Send>(graph: Graph, options: Options, stop: impl FnOnce() -> S) -> Result<Outcome> {
     let io = pool("io")?;
     let operators = pool("operators")?;
     let result = io.block_on(async {
+        let stop = stop();
         let started = Starter::new(graph, options, operators.handle().clone()).await?;
         started.run(stop).await
     });
@@ -148,7 +156,19 @@ impl Starter {
         info!("listening on http://{listen}/");
         let disk: Arc<dyn Disk> = Arc::new(RealDisk);
         let store = Store::open(&graph.state_dir)?;
-        let restored = store.latest()?.unwrap_or_default();
+        if options.fresh {
+            match fresh::set_aside(&graph.state_dir, &graph.sinks)? {
+                Some(aside) => warn!(
+                    "the state is moved to `{}`: this run starts anew, without the positions, open windows and waiting rows in it",
+                    aside.display()
+                ),
+                None => info!("there is no state to go on without"),
+            }
+        }
+        let restored = store.latest()?;
+        let inboxes = graph.sources.iter().map(|source| inbox_folder(&graph.state_dir, source));
+        fresh::check_start(&graph.state_dir, restored.is_some(), inboxes)?;
+        let restored = restored.unwrap_or_default();
         let status = Arc::new(Status::default());
         let pipelines = graph.pipelines.iter().map(|p| (p.name.clone(), p.shape.keys.clone()));
         let errors = graph.sources.iter().map(|s| (format!("{}{ERRORS_SUFFIX}", s.name), Vec::new()));
@@ -239,14 +259,15 @@ impl Starter {
             return Some(state);
         }
         let number = self.restored.number;
-        let lost = if key.starts_with("sink/") { "rows that it kept" } else { "its position and open windows" };
-        warn!("{key} has changed since checkpoint {number}: it starts anew; {lost} are lost");
+        warn!("{key} has changed since checkpoint {number}: it starts anew; {} are lost", what_it_keeps(key));
         None
     }
 
-    /// A graph that has run to its end starts anew: what it wrote then stands in the history already.
+    /// A graph that has run to its end starts anew, as does one that is told to: what it wrote stands in the history already.
     fn warn_of_history_written_again(&self) {
-        if !self.graph.is_bounded() || self.options.drain || self.restored.number > 0 {
+        let reads_again = self.graph.sources.iter().any(|source| source.shape.delivery == Delivery::Replayable);
+        let starts_anew = self.graph.is_bounded() || (self.options.fresh && reads_again);
+        if !starts_anew || self.options.drain || self.restored.number > 0 {
             return;
         }
         let folders = self.history.tables().iter().map(|table| table.folder.join(&table.name));
@@ -271,7 +292,7 @@ impl Starter {
     }
 
     fn pipeline(&self, pipeline: GraphPipeline, name_of: impl Fn(Producer) -> String, nodes: &mut Nodes) -> Result<()> {
-        let key = format!("pipeline/{}", pipeline.name);
+        let key = key_of_pipeline(&pipeline);
         nodes.fingerprints.insert(key.clone(), pipeline.fingerprint);
         let receivers = pipeline.inputs.iter().map(|input| nodes.outlets.add(input.producer, Takes::Final)).collect();
         let ports = pipeline.inputs.into_iter().map(|input| Port {
@@ -313,9 +334,7 @@ impl Starter {
             status.set_state(NodeState::Ended);
             return Ok(());
         }
-        let key = format!("sink/{}", sink.name);
-        // The state of a sink of another type is no state for this one; all else a sink finds out by itself.
-        let fingerprint = xxh3_64(sink.type_name.as_bytes());
+        let (key, fingerprint) = (key_of_sink(&sink), fingerprint_of_sink(&sink));
         nodes.fingerprints.insert(key.clone(), fingerprint);
         let takes = match (sink.shape.live, sink.shape.takes_revised) {
             (true, _) => Takes::All,
@@ -348,7 +367,7 @@ impl Starter {
                 Running::Staging(staging)
             }
             Sink::Outbox(outbox_sink, limits) => {
-                let folder = self.graph.state_dir.join("outbox").join(&sink.name);
+                let folder = outbox_folder(&self.graph.state_dir, &sink.name);
                 let disk = Arc::clone(&self.disk);
                 let exactly_once = outbox_sink.is_exactly_once();
                 let outbox = Outbox::open(limits, exactly_once, sink_inputs, disk, &folder, self.graph.durability)
@@ -385,10 +404,9 @@ impl Starter {
         Ok(())
     }
 
-    /// The inbox of a push source. It outlives a change of the source's options, but not of its type: another one
-    /// could not read the records.
+    /// The inbox of a push source.
     fn inbox(&self, source: &GraphSource, key: &str) -> Result<Inbox> {
-        let folder = self.graph.state_dir.join("inbox").join(format!("{}.{}", source.name, source.type_name));
+        let folder = inbox_folder(&self.graph.state_dir, source);
         let covered = match self.restored.nodes.get(key) {
             Some((of, state)) if *of == source.fingerprint || folder.is_dir() => IntakeTask::first_not_covered(state)?,
             _ => None,
@@ -413,7 +431,7 @@ impl Starter {
         wanted: watch::Receiver<bool>,
         nodes: &mut Nodes,
     ) -> Result<()> {
-        let key = format!("source/{}", source.name);
+        let key = key_of_source(source);
         let inbox = match source.shape.delivery {
             Delivery::Acknowledged => Some(self.inbox(source, &key)?),
             Delivery::Replayable | Delivery::BestEffort | Delivery::Sampled => None,
@@ -551,6 +569,40 @@ impl Nodes {
         let Self { controls, commits, others, outboxes, fingerprints, .. } = self;
         Started { controls, commits, others, outboxes, fingerprints, readers }
     }
+}
+
+/// The name of a node in a checkpoint.
+fn key_of_source(source: &GraphSource) -> String {
+    format!("source/{}", source.name)
+}
+
+fn key_of_pipeline(pipeline: &GraphPipeline) -> String {
+    format!("pipeline/{}", pipeline.name)
+}
+
+fn key_of_sink(sink: &GraphSink) -> String {
+    format!("sink/{}", sink.name)
+}
+
+/// The state of a sink of another type is no state for this one; all else a sink finds out by itself.
+fn fingerprint_of_sink(sink: &GraphSink) -> u64 {
+    xxh3_64(sink.type_name.as_bytes())
+}
+
+/// What a node loses that starts anew.
+fn what_it_keeps(key: &str) -> &'static str {
+    if key.starts_with("sink/") { "rows that it kept" } else { "its position and open windows" }
+}
+
+/// Where the inbox of a push source lies. It outlives a change of the source's options, but not of its type: another one
+/// could not read the records.
+fn inbox_folder(state_dir: &Path, source: &GraphSource) -> PathBuf {
+    state_dir.join("inbox").join(format!("{}.{}", source.name, source.type_name))
+}
+
+/// Where the outbox of a sink lies.
+fn outbox_folder(state_dir: &Path, sink: &str) -> PathBuf {
+    state_dir.join("outbox").join(sink)
 }
 
 /// Runs what may wait for the disk. A runtime of one thread, as tests have it, has no other thread to hand over to.

@@ -2,7 +2,7 @@
 
 use indexmap::IndexMap;
 use pipeline::config::{At, CheckContext, Duration, did_you_mean};
-use pipeline::plugin::{Mount, SinkInput, SinkShape};
+use pipeline::plugin::{Mount, Promise, SinkInput, SinkShape};
 
 use super::envelope::{Envelope, Wire};
 use super::subscription::{METRIC, SINCE};
@@ -54,7 +54,13 @@ pub(crate) fn check(declared: &Declared<'_>, inputs: &[SinkInput], cx: &mut Chec
         cx.error(declared.queue.position, format!("`queue` is 1 to {QUEUE_MAX} frames"));
     }
     let mounts = vec![Mount { method: "GET", path: path.value.clone() }];
-    (cx.errors() == errors).then_some(SinkShape { mounts, live: true, takes_revised: true, ..SinkShape::default() })
+    (cx.errors() == errors).then_some(SinkShape {
+        mounts,
+        live: true,
+        takes_revised: true,
+        promise: Promise::Live,
+        ..SinkShape::default()
+    })
 }
 
 /// Checks parameters against key columns.

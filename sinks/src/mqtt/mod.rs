@@ -14,7 +14,9 @@ use pipeline::config::{At, CheckContext, Secret, SecretUrl};
 use pipeline::error::{Error, Result};
 use pipeline::json::encode_rows;
 use pipeline::network::{Address, tls_client};
-use pipeline::plugin::{BatchLimits, BatchOptions, OutboxSink, Sink, SinkConfig, SinkContext, SinkInput, SinkShape};
+use pipeline::plugin::{
+    BatchLimits, BatchOptions, OutboxSink, Promise, Sink, SinkConfig, SinkContext, SinkInput, SinkShape,
+};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -112,6 +114,8 @@ impl SinkConfig for MqttConfig {
     const TYPE: &'static str = "mqtt";
     const PAGE: &'static str = PAGE;
     const EXAMPLE: &'static str = EXAMPLE;
+    const PROMISES: &'static [(&'static str, Promise)] = &[("", Promise::AtLeastOnce)];
+    const INSTEAD: Option<&'static str> = Some("`parquet`, `sql`, or `redis` with `exactly_once: true`");
 
     fn check(&self, inputs: &[SinkInput], cx: &mut CheckContext<'_>) -> Option<SinkShape> {
         let errors_before = cx.errors();

@@ -23,7 +23,9 @@ use pipeline::config::{At, ByteSize, CheckContext, Duration};
 use pipeline::disk::{Disk, RealDisk};
 use pipeline::error::{Error, Result};
 use pipeline::history::files::{self, DAY, HOUR, HistoryFile, STAGE_FOLDER, hour_folder};
-use pipeline::plugin::{HistoryTail, Sink, SinkConfig, SinkContext, SinkInput, SinkShape, StagingSink, Upkeep};
+use pipeline::plugin::{
+    self, HistoryTail, Promise, Sink, SinkConfig, SinkContext, SinkInput, SinkShape, StagingSink, Upkeep,
+};
 use pipeline::schema::type_word;
 use pipeline::state::{StateReader, StateWriter};
 use pipeline::time::now_us;
@@ -131,6 +133,7 @@ impl SinkConfig for ParquetConfig {
     const TYPE: &'static str = "parquet";
     const PAGE: &'static str = PAGE;
     const EXAMPLE: &'static str = "type: parquet\npath: history\nroll: 10s\n";
+    const PROMISES: &'static [(&'static str, Promise)] = &[("", Promise::ExactlyOnce)];
 
     fn check(&self, inputs: &[SinkInput], cx: &mut CheckContext<'_>) -> Option<SinkShape> {
         let errors = cx.errors();
@@ -151,11 +154,23 @@ impl SinkConfig for ParquetConfig {
             check_columns(input, cx);
         }
         let history = Some(cx.resolve(&self.path.value));
-        (cx.errors() == errors).then(|| SinkShape { history, takes_revised: true, ..SinkShape::default() })
+        (cx.errors() == errors).then(|| SinkShape {
+            history,
+            takes_revised: true,
+            promise: Promise::ExactlyOnce,
+            ..SinkShape::default()
+        })
     }
 
     fn build(&self, cx: SinkContext) -> Result<Sink> {
         Ok(Sink::Staging(Box::new(ParquetSink::new(self, cx)?)))
+    }
+
+    fn staged(&self, state: &mut StateReader<'_>) -> Result<Vec<plugin::StagedFile>> {
+        let named = state::read(state)?.staged.into_iter();
+        Ok(named
+            .filter_map(|file| Some(plugin::StagedFile { staged: file.stage, published: file.target?.path }))
+            .collect())
     }
 }
 

@@ -4,7 +4,7 @@ use async_trait::async_trait;
 use pipeline::config::{At, CheckContext, Duration, SecretUrl};
 use pipeline::error::{Error, Result};
 use pipeline::plugin::sink::{
-    BatchLimits, BatchOptions, OutboxSink, Sink, SinkConfig, SinkContext, SinkInput, SinkShape,
+    BatchLimits, BatchOptions, OutboxSink, Promise, Sink, SinkConfig, SinkContext, SinkInput, SinkShape,
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Deserialize;
@@ -183,6 +183,9 @@ write:
   - {set: \"latency:{device_id}\", value: latency_ms, expire: 1m}
 batch: {rows: 50, every: 2s}
 ";
+    const PROMISES: &'static [(&'static str, Promise)] =
+        &[("", Promise::AtLeastOnce), ("`exactly_once: true`", Promise::ExactlyOnce)];
+    const INSTEAD: Option<&'static str> = Some("`exactly_once: true`");
 
     fn check(&self, inputs: &[SinkInput], cx: &mut CheckContext<'_>) -> Option<SinkShape> {
         let errors_before = cx.errors();
@@ -206,7 +209,8 @@ batch: {rows: 50, every: 2s}
             }
         }
         let takes_revised = self.write.0.iter().all(|write| write.set.is_some());
-        let shape = SinkShape { takes_revised, ..SinkShape::default() };
+        let promise = if self.exactly_once { Promise::ExactlyOnce } else { Promise::AtLeastOnce };
+        let shape = SinkShape { takes_revised, promise, ..SinkShape::default() };
         (cx.errors() == errors_before).then_some(shape)
     }
 

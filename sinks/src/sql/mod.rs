@@ -12,7 +12,9 @@ use async_trait::async_trait;
 use indexmap::IndexMap;
 use pipeline::config::{At, CheckContext, SecretUrl, did_you_mean};
 use pipeline::error::{Error, Result};
-use pipeline::plugin::{BatchLimits, BatchOptions, OutboxSink, Sink, SinkConfig, SinkContext, SinkInput, SinkShape};
+use pipeline::plugin::{
+    BatchLimits, BatchOptions, OutboxSink, Promise, Sink, SinkConfig, SinkContext, SinkInput, SinkShape,
+};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -105,6 +107,9 @@ table: messages
 create: true
 batch: {rows: 50, every: 2s}
 ";
+    const PROMISES: &'static [(&'static str, Promise)] =
+        &[("", Promise::ExactlyOnce), ("`exactly_once: false`", Promise::AtLeastOnce)];
+    const INSTEAD: Option<&'static str> = Some("`exactly_once: true`, the default");
 
     fn check(&self, inputs: &[SinkInput], cx: &mut CheckContext<'_>) -> Option<SinkShape> {
         let errors = cx.errors();
@@ -125,7 +130,8 @@ batch: {rows: 50, every: 2s}
         if self.create {
             self.check_union(&tables, cx);
         }
-        let shape = SinkShape { takes_revised: !self.key.is_empty(), ..SinkShape::default() };
+        let promise = if self.exactly_once { Promise::ExactlyOnce } else { Promise::AtLeastOnce };
+        let shape = SinkShape { takes_revised: !self.key.is_empty(), promise, ..SinkShape::default() };
         (cx.errors() == errors).then_some(shape)
     }
 

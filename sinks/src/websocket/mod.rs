@@ -12,7 +12,7 @@ use pipeline::config::{At, CheckContext, Duration};
 use pipeline::error::Result;
 use pipeline::http::respond::{error, full, json, parameters};
 use pipeline::http::{Handler, Request, Response};
-use pipeline::plugin::{Sink, SinkConfig, SinkContext, SinkInput, SinkShape};
+use pipeline::plugin::{Promise, Sink, SinkConfig, SinkContext, SinkInput, SinkShape};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
@@ -109,6 +109,7 @@ impl SinkConfig for WebSocketConfig {
     const TYPE: &'static str = "websocket";
     const PAGE: &'static str = PAGE;
     const EXAMPLE: &'static str = "{type: websocket, path: /ws, keep_alive: 30s, queue: 100}";
+    const PROMISES: &'static [(&'static str, Promise)] = &[("", Promise::Live)];
 
     fn check(&self, inputs: &[SinkInput], cx: &mut CheckContext<'_>) -> Option<SinkShape> {
         let Self { path, params, required, keep_alive, queue, .. } = self;

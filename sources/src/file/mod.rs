@@ -116,6 +116,7 @@ type: file
 path: events.ndjson
 fields: {device_id: string, latency_ms: float, ts: timestamp}
 ";
+    const PROMISES: &'static [(&'static str, Delivery)] = &[("", Delivery::Replayable)];
 
     fn check(&self, cx: &mut CheckContext<'_>) -> Option<SourceShape> {
         let format = self.checked_format(cx);

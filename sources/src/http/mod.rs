@@ -123,6 +123,7 @@ path: /messages
 fields: {device_id: string, latency_ms: float, ts: timestamp}
 required: [device_id]
 ";
+    const PROMISES: &'static [(&'static str, Delivery)] = &[("", Delivery::Acknowledged)];
 
     fn check(&self, cx: &mut CheckContext<'_>) -> Option<SourceShape> {
         if !self.path.starts_with('/') {

@@ -4,7 +4,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use pipeline::error::Result;
 use pipeline::plugin::{Receipt, Receipts, Record};
 use pipeline::state::{StateReader, StateWriter};
-use xxhash_rust::xxh3::Xxh3;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::client::Message;
 
@@ -71,12 +71,8 @@ impl Receipts for MqttReceipts {
         let Some(metadata) = Metadata::read(&record.metadata).filter(|metadata| metadata.packet_id > 0) else {
             return Receipt::New;
         };
-        let mut hash = Xxh3::new();
-        hash.update(&metadata.session.to_be_bytes());
-        hash.update(&record.metadata[HEADER..]);
-        hash.update(&[0]);
-        hash.update(&record.payload);
-        let hash = hash.digest().max(1);
+        let topic = xxh3_64_with_seed(&record.metadata[HEADER..], u64::from(metadata.session));
+        let hash = xxh3_64_with_seed(&record.payload, topic).max(1);
         let last = std::mem::replace(self.of(metadata.packet_id), hash);
         if metadata.again && last == hash { Receipt::Repeated } else { Receipt::New }
     }

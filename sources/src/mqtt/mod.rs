@@ -182,6 +182,11 @@ impl SourceConfig for MqttConfig {
     const TYPE: &'static str = "mqtt";
     const PAGE: &'static str = PAGE;
     const EXAMPLE: &'static str = EXAMPLE;
+    const PROMISES: &'static [(&'static str, Delivery)] = &[
+        ("`qos: 1` or `2` in a session that the broker keeps (the default)", Delivery::Acknowledged),
+        ("`qos: 0` or `session: clean`", Delivery::BestEffort),
+    ];
+    const INSTEAD: Option<&'static str> = Some("`qos: 1` without `session: clean`");
 
     fn check(&self, cx: &mut CheckContext<'_>) -> Option<SourceShape> {
         if let Err(message) = Broker::of(&self.url) {

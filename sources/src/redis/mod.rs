@@ -13,18 +13,22 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 mod command;
+mod entry;
+mod group;
 mod list;
 mod poll;
 mod pubsub;
 mod stream;
 
+pub use entry::StreamColumn;
 pub use list::ListEnd;
-pub use stream::StreamColumn;
 
+use entry::{EntryRows, Layout};
+use group::{EntryDecoder, GroupReceipts, GroupSource};
 use list::{ListReceipts, ListSource};
 use poll::{PollSource, Reads};
 use pubsub::PubsubSource;
-use stream::{Layout, Start, StreamSource};
+use stream::{Start, StreamSource};
 use wire::redis::{Command, Connection, Endpoint, PATIENCE, Reply};
 
 const PAGE: &str = "\
@@ -48,7 +52,15 @@ shell does: `HGET \"my hash\" field`. A field with a path picks one value from `
 ## Delivery
 
 - `read`: a sample of the state at each poll. `on_demand: true` polls only while somebody wants rows.
-- `stream`: the id of the last entry is in the checkpoint; nothing lost, nothing twice. No consumer group is needed.
+- `stream`: the id of the last entry is in the checkpoint; nothing lost, nothing twice. No consumer group is needed. Entries
+  that were trimmed or deleted before they were read are counted at connect and every 5 s, and reported as a row error; so is
+  a stream that was deleted and began anew. One that ends before the position is an error in `/health`, because nothing would
+  ever be read from it.
+- `stream` with `group`: several processes share the entries. Each is acknowledged (`XACK`) once it is on disk here, and
+  known by its id if it comes again. At connect a member first gets what it had not acknowledged, then what others have left
+  for longer than `claim`, then new entries. Entries that were deleted while they waited are acknowledged and reported as row
+  errors. What a member had on disk and could not acknowledge before it died is also given to another member after `claim`:
+  so `claim` is longer than a restart takes. A group that was deleted is made anew, reads from the beginning, and says so.
 - `list`: an element moves to the list `NAME:processing` and leaves it when it is on disk here. `NAME:processing:count` counts
   those that left, so that one that comes again after a crash is known: none is lost, none counts twice.
   When a connection is lost in the moment between, elements come twice.
@@ -59,12 +71,13 @@ warning says so at connect.
 
 ## Limits
 
-- Entries that are trimmed from a stream before they are read are skipped.
+- Entries that are trimmed from a stream before they are read are lost; they are counted with Redis 7 or newer.
+- With `group`, the last 65 536 entries are remembered to know one that comes again.
 - One process per `processing` list.
 - At most 8192 published messages wait to be read; when more come, the oldest are lost, and an error row says how many.
 - Keyspace notifications (`__keyevent@0__:…`) are not delivered.
 - A reply of 3 or 4 texts of which the first is `message`, `pmessage`, `subscribe` or alike is lost on the client's way; the poll fails.
-- `list` needs Redis 6.2, everything else Redis 5.
+- `list` and `group` need Redis 6.2, everything else Redis 5.
 - One server; no Cluster, no Sentinel.
 
 ## Fails when
@@ -112,6 +125,19 @@ pub struct RedisConfig {
     #[serde(default)]
     pub columns: Option<At<Vec<StreamColumn>>>,
 
+    /// Stream: read as a member of this consumer group, which shares the entries among its members. It is made if it is
+    /// missing, from `start`. Default: none; this source reads every entry.
+    #[serde(default)]
+    pub group: Option<At<String>>,
+    /// Stream with `group`: this member's name. Default: a name of this installation's own, kept in the state folder; two
+    /// members of one name get each other's entries.
+    #[serde(default)]
+    pub consumer: Option<At<String>>,
+    /// Stream with `group`: how long an entry that another member was given and did not acknowledge waits before this one takes
+    /// it. Default `1m`: longer than a restart takes.
+    #[serde(default)]
+    pub claim: Option<At<Duration>>,
+
     /// List: its name.
     #[serde(default)]
     pub list: Option<At<String>>,
@@ -132,6 +158,12 @@ pub struct RedisConfig {
 
 /// Time between polls if `every` is not given.
 const EVERY_DEFAULT: Duration = Duration::from_secs(1);
+
+/// How long an entry waits for its member if `claim` is not given.
+const CLAIM_DEFAULT: Duration = Duration::from_secs(60);
+
+/// A shorter `claim` takes entries from members that are alive.
+const CLAIM_MIN: std::time::Duration = std::time::Duration::from_millis(100);
 
 /// The way of reading.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,6 +196,14 @@ every: 500ms
 read: {total_messages: GET total_messages, queue_depth: LLEN pending_messages}
 fields: {total_messages: int}
 ";
+    const PROMISES: &'static [(&'static str, Delivery)] = &[
+        ("`read`", Delivery::Sampled),
+        ("`stream`", Delivery::Replayable),
+        ("`stream` with `group`", Delivery::Acknowledged),
+        ("`list`", Delivery::Acknowledged),
+        ("`channels`", Delivery::BestEffort),
+    ];
+    const INSTEAD: Option<&'static str> = Some("`stream` or `list`");
 
     fn check(&self, cx: &mut CheckContext<'_>) -> Option<SourceShape> {
         Endpoint::check(&self.url, self.ca.as_ref(), cx);
@@ -179,7 +219,8 @@ fields: {total_messages: int}
             Mode::Stream => {
                 let layout = self.layout();
                 layout.check(&self.fields, cx);
-                (layout.schema(), Delivery::Replayable, Schedule::Continuous)
+                let delivery = if self.group.is_some() { Delivery::Acknowledged } else { Delivery::Replayable };
+                (layout.schema(), delivery, Schedule::Continuous)
             }
             Mode::List => (self.messages().0.schema().clone(), Delivery::Acknowledged, Schedule::Continuous),
             Mode::Pubsub => {
@@ -196,10 +237,21 @@ fields: {total_messages: int}
         let endpoint = self.endpoint(&cx);
         Ok(match self.mode()? {
             Mode::Poll => Box::new(PollSource::new(endpoint, self.poll_columns()?)),
+            Mode::Stream if self.group.is_some() => Box::new(GroupSource {
+                endpoint,
+                streams: self.stream_names(),
+                group: self.group.as_ref().map(|group| group.value.clone()).unwrap_or_default(),
+                consumer: self.consumer.as_ref().map(|consumer| consumer.value.clone()),
+                claim: self.claim.as_ref().map_or(CLAIM_DEFAULT, |claim| claim.value).0,
+                start: self.first(),
+                name: cx.name,
+                state_dir: cx.state_dir,
+                warned: false,
+            }),
             Mode::Stream => Box::new(StreamSource {
                 endpoint,
                 streams: self.stream_names(),
-                start: self.start.as_ref().and_then(|start| Start::parse(start)).unwrap_or(Start::Latest),
+                start: self.first(),
                 layout: self.layout(),
                 name: cx.name,
                 begun: None,
@@ -227,6 +279,9 @@ fields: {total_messages: int}
 
     fn decoder(&self) -> Option<Box<dyn Decoder>> {
         match self.mode().ok()? {
+            Mode::Stream if self.group.is_some() => {
+                Some(Box::new(EntryDecoder { rows: EntryRows::new(self.layout()) }))
+            }
             Mode::Poll | Mode::Stream => None,
             Mode::List | Mode::Pubsub => {
                 let (rows, raw_column) = self.messages();
@@ -236,6 +291,9 @@ fields: {total_messages: int}
     }
 
     fn receipts(&self) -> Option<Box<dyn Receipts>> {
+        if self.group.is_some() {
+            return Some(Box::new(GroupReceipts::default()));
+        }
         self.list.as_ref().map(|_| Box::new(ListReceipts::default()) as Box<dyn Receipts>)
     }
 
@@ -300,6 +358,9 @@ impl RedisConfig {
             ("start", Mode::Stream, self.start.as_ref().map(|o| o.position)),
             ("json", Mode::Stream, self.json.as_ref().map(|o| o.position)),
             ("columns", Mode::Stream, self.columns.as_ref().map(|o| o.position)),
+            ("group", Mode::Stream, self.group.as_ref().map(|o| o.position)),
+            ("consumer", Mode::Stream, self.consumer.as_ref().map(|o| o.position)),
+            ("claim", Mode::Stream, self.claim.as_ref().map(|o| o.position)),
             ("pop", Mode::List, self.pop.as_ref().map(|o| o.position)),
             ("processing", Mode::List, self.processing.as_ref().map(|o| o.position)),
         ];
@@ -307,6 +368,9 @@ impl RedisConfig {
             if let Some(position) = position.filter(|_| of != mode) {
                 cx.error(position, format!("`{name}` belongs to `{}`, not to `{}`", of.option(), mode.option()));
             }
+        }
+        if mode == Mode::Stream {
+            self.check_group(cx);
         }
         if let Some(every) = self.every.as_ref().filter(|every| every.is_zero()) {
             cx.error(every.position, "`every` must be longer than nothing");
@@ -326,6 +390,27 @@ impl RedisConfig {
         let same = self.processing.as_ref().filter(|p| self.list.as_ref().is_some_and(|list| list.value == p.value));
         if let Some(processing) = same {
             cx.error(processing.position, "`processing` must be another list than `list`");
+        }
+    }
+
+    fn check_group(&self, cx: &mut CheckContext<'_>) {
+        let of_group = [
+            ("consumer", self.consumer.as_ref().map(|o| o.position)),
+            ("claim", self.claim.as_ref().map(|o| o.position)),
+        ];
+        for (name, position) in of_group {
+            if let Some(position) = position.filter(|_| self.group.is_none()) {
+                cx.error(position, format!("`{name}` belongs to `group`"));
+            }
+        }
+        for (name, text) in [("group", &self.group), ("consumer", &self.consumer)] {
+            if let Some(text) = text.as_ref().filter(|text| text.trim().is_empty()) {
+                cx.error(text.position, format!("`{name}` is empty"));
+            }
+        }
+        if let Some(claim) = self.claim.as_ref().filter(|claim| claim.value.0 < CLAIM_MIN) {
+            let message = format!("`claim` is {} ms or longer", CLAIM_MIN.as_millis());
+            cx.error_hint(claim.position, message, Some("longer than a restart takes: `1m`".to_owned()));
         }
     }
 
@@ -352,6 +437,11 @@ impl RedisConfig {
 
     fn stream_names(&self) -> Vec<String> {
         self.stream.iter().map(|stream| stream.value.clone()).chain(names(self.streams.as_ref())).collect()
+    }
+
+    /// Where streams begin at the very first start.
+    fn first(&self) -> Start {
+        self.start.as_ref().and_then(|start| Start::parse(start)).unwrap_or(Start::Latest)
     }
 
     fn layout(&self) -> Layout {
@@ -529,6 +619,7 @@ mod tests {
                 "time: timestamp, id: string, x: float",
             ),
             ("stream: s\njson: body\nfields: {x: {type: int, path: a.b}}", "x: int"),
+            ("stream: s\ngroup: g\nclaim: 5m\nconsumer: me\nfields: {x: float}", "x: float"),
             ("list: q", "payload: string"),
             ("list: q\npop: left\nfields: {x: int}", "x: int"),
             ("channels: [a]", "channel: string, payload: string"),
@@ -556,6 +647,12 @@ mod tests {
             ("url: redis://h\nstream: s\nfields: {x: {type: int, path: a.b}}", "3:9", "json: payload"),
             ("url: redis://h\nstream: s\ncolumns: [id]\nfields: {id: int}", "4:9", "in `columns` and in `fields`"),
             ("url: redis://h\nlist: q\nprocessing: q", "3:13", "another list"),
+            ("url: redis://h\nlist: q\ngroup: g", "3:8", "`group` belongs to `stream`"),
+            ("url: redis://h\nstream: s\nconsumer: c", "3:11", "`consumer` belongs to `group`"),
+            ("url: redis://h\nstream: s\nclaim: 1m", "3:8", "`claim` belongs to `group`"),
+            ("url: redis://h\nstream: s\ngroup: ''", "3:9", "`group` is empty"),
+            ("url: redis://h\nstream: s\ngroup: g\nclaim: 1ms", "4:8", "`claim` is 100 ms or longer"),
+            ("url: redis://h\nstream: s\ngroup: g\nclaim: soon", "4:8", "soon"),
             ("url: redis://h\npatterns: ['__keyevent@0__:*']", "2:11", "keyspace notifications"),
             ("url: redis://h\nchannels: []", "2:11", "the list is empty"),
         ] {

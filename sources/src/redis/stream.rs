@@ -1,112 +1,29 @@
 //! `stream`: the entries of streams, from a position that is kept in the checkpoint.
 
-use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
 use pipeline::batch::BATCH_ROWS_MAX;
-use pipeline::config::{At, CheckContext, Fields};
+use pipeline::config::Fields;
 use pipeline::error::{Error, Result};
-use pipeline::json::json_string;
 use pipeline::plugin::source::{PullReader, Pulled, Reader, RowError, Source};
-use pipeline::rows::{Cell, RowsBuilder};
-use pipeline::schema::FieldType;
 use pipeline::state::{StateReader, StateWriter};
-use schemars::JsonSchema;
-use serde::Deserialize;
 
+use super::entry::{EntryRows, Layout, entry_of, milliseconds, payload, streams_of, words_of};
 use wire::redis::{Command, Connection, Endpoint, PATIENCE, Reply};
 
 /// How long the server holds a read back when there is nothing new. New entries end the wait at once, so this
 /// only bounds how long a dead connection stays unnoticed.
-const BLOCK: Duration = Duration::from_secs(5);
+pub(super) const BLOCK: Duration = Duration::from_secs(5);
 
 /// Most entries of one read of one stream: a larger batch gains nothing, a smaller one costs round trips.
-const ENTRIES_MAX: usize = 2048;
+pub(super) const ENTRIES_MAX: usize = 2048;
+
+/// How often the server is asked whether entries were trimmed before they were read.
+const EXAMINE_EVERY: Duration = Duration::from_secs(5);
 
 /// Entries that `pipeline fields` looks at.
 const DISCOVER_ENTRIES: usize = 100;
-
-/// A column beside `fields`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum StreamColumn {
-    /// The entry's id, such as `1700000000000-0`.
-    Id,
-    /// The name of the stream.
-    Stream,
-    /// The time in the entry's id, in milliseconds: when the server took it, unless the writer set the id.
-    Time,
-}
-
-impl StreamColumn {
-    fn name_and_type(self) -> (&'static str, FieldType) {
-        match self {
-            Self::Id => ("id", FieldType::String),
-            Self::Stream => ("stream", FieldType::String),
-            Self::Time => ("time", FieldType::Timestamp(None)),
-        }
-    }
-}
-
-/// How entries become rows.
-#[derive(Clone, Debug)]
-pub(super) struct Layout {
-    /// Columns beside `fields`, first in the row.
-    pub(super) columns: Vec<StreamColumn>,
-    /// Whether the whole entry is one `payload` column.
-    pub(super) raw: bool,
-    /// The field of the entry that holds JSON with the `fields`; else they are fields of the entry.
-    pub(super) json: Option<String>,
-    /// The declared columns.
-    pub(super) fields: Fields,
-}
-
-impl Layout {
-    fn extra(&self) -> Vec<(&'static str, FieldType)> {
-        let payload = self.raw.then_some(("payload", FieldType::Json));
-        self.columns.iter().map(|column| column.name_and_type()).chain(payload).collect()
-    }
-
-    fn builder(&self) -> RowsBuilder {
-        RowsBuilder::new(&self.extra(), &self.fields)
-    }
-
-    /// The columns of the row.
-    pub(super) fn schema(&self) -> SchemaRef {
-        self.builder().schema().clone()
-    }
-
-    /// Reports what does not fit together.
-    pub(super) fn check(&self, fields: &At<Fields>, cx: &mut CheckContext<'_>) {
-        for (name, _) in self.extra() {
-            if self.fields.0.contains_key(name) {
-                let hint = format!("another name: `{name}_field: {{type: string, path: {name}}}`");
-                cx.error_hint(fields.position, format!("`{name}` is in `columns` and in `fields`"), Some(hint));
-            }
-        }
-        if self.json.is_some() && self.fields.is_empty() {
-            cx.error(fields.position, "`json` needs `fields`: what to read from it");
-        }
-        let nested = self.fields.0.iter().find(|(_, spec)| spec.path.as_ref().is_some_and(|path| path.len() > 1));
-        if let Some((name, _)) = nested.filter(|_| self.json.is_none()) {
-            let hint = Some("name the field that holds JSON: `json: payload`".to_owned());
-            cx.error_hint(fields.position, format!("`{name}`: an entry's fields are not nested"), hint);
-        }
-    }
-
-    /// Which columns an entry's field fills.
-    fn columns_of_name(&self) -> HashMap<String, Vec<usize>> {
-        let mut columns: HashMap<String, Vec<usize>> = HashMap::new();
-        let first = self.extra().len();
-        for (index, (name, spec)) in self.fields.0.iter().enumerate() {
-            let entry_name = spec.path.as_ref().and_then(|path| path.first()).unwrap_or(name);
-            columns.entry(entry_name.clone()).or_default().push(first + index);
-        }
-        columns
-    }
-}
 
 /// Where to begin at the very first start.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,13 +47,6 @@ impl Start {
     }
 }
 
-/// The milliseconds in an id such as `1700000000000-0` or `1700000000000`.
-fn milliseconds(id: &str) -> Option<i64> {
-    let (time, sequence) = id.split_once('-').unwrap_or((id, "0"));
-    sequence.parse::<u64>().ok()?;
-    time.parse().ok()
-}
-
 /// The source in this mode.
 pub(super) struct StreamSource {
     pub(super) endpoint: Endpoint,
@@ -145,7 +55,7 @@ pub(super) struct StreamSource {
     pub(super) layout: Layout,
     pub(super) name: String,
     /// Where the last reader began, for a connection that is lost before it gave a position.
-    pub(super) begun: Option<Vec<(String, String)>>,
+    pub(super) begun: Option<Vec<Place>>,
     pub(super) warned: bool,
 }
 
@@ -158,176 +68,260 @@ impl Source for StreamSource {
             Some(bytes) => decode_position(bytes)?,
             None => self.begun.clone().unwrap_or_default(),
         };
-        let mut positions = Vec::with_capacity(self.streams.len());
+        let (mut places, mut begun) = (Vec::new(), Vec::new());
+        let mut errors = Vec::new();
         for stream in &self.streams {
-            let id = match known.iter().find(|(name, _)| name == stream) {
-                Some((_, id)) => id.clone(),
-                None => first_position(&mut connection, stream, &self.start).await?,
+            let info = info(&mut connection, stream).await?;
+            let mut place = match known.iter().find(|place| place.stream == *stream) {
+                Some(place) => place.clone(),
+                None => Place::first(stream, &self.start, info.as_ref()),
             };
-            positions.push((stream.clone(), id));
+            let before = place.clone();
+            let error = place.examine(&connection, info.as_ref())?;
+            // What was found missing is told again unless the engine takes the position that knows of it.
+            begun.push(if error.is_some() { before } else { place.clone() });
+            errors.extend(error);
+            places.push(place);
         }
-        self.begun = Some(positions.clone());
+        self.begun = Some(begun);
         Ok(Reader::Pull(Box::new(StreamReader {
             connection,
-            positions,
+            places,
             // The engine learns the beginning even if no entry comes before a restart.
-            announce: position.is_none(),
-            columns_of_name: self.layout.columns_of_name(),
-            rows: self.layout.builder(),
-            layout: self.layout.clone(),
+            announce: position.is_none() || !errors.is_empty(),
+            errors,
+            rows: EntryRows::new(self.layout.clone()),
+            examined: Instant::now(),
         })))
-    }
-}
-
-/// The id after which a stream is read at the very first start.
-async fn first_position(connection: &mut Connection, stream: &str, start: &Start) -> Result<String> {
-    match start {
-        Start::Earliest => return Ok(BEFORE_ALL.to_owned()),
-        Start::After(id) => return Ok(id.clone()),
-        Start::Latest => {}
-    }
-    let command = Command::new("XINFO").args(["STREAM".to_owned(), stream.to_owned()]);
-    match connection.call(command, PATIENCE).await? {
-        Reply::Error(words) if words.contains("no such key") => Ok(BEFORE_ALL.to_owned()),
-        Reply::List(pairs) => {
-            let pair = pairs.chunks_exact(2).find(|pair| pair[0].as_str() == Some("last-generated-id"));
-            let id = pair.and_then(|pair| pair[1].as_str());
-            Ok(id.ok_or_else(|| connection.error("XINFO STREAM without last-generated-id"))?.to_owned())
-        }
-        other => Err(connection.error(format!("stream `{stream}`: {}", words_of(&other)))),
     }
 }
 
 /// The id before every entry.
 const BEFORE_ALL: &str = "0-0";
 
-fn words_of(reply: &Reply) -> String {
-    match reply {
-        Reply::Error(words) => words.clone(),
-        other => format!("unexpected reply {other:?}"),
+/// Where a stream has been read to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    stream: String,
+    /// Of the last entry read.
+    id: String,
+    /// How many entries the stream was given up to there, gone ones among them; `None` if that is not known.
+    given: Option<u64>,
+}
+
+impl Place {
+    /// The one at the very first start.
+    fn first(stream: &str, start: &Start, info: Option<&Info>) -> Self {
+        let id = match start {
+            Start::Earliest => BEFORE_ALL.to_owned(),
+            Start::After(id) => id.clone(),
+            Start::Latest => info.map_or(BEFORE_ALL, |info| &info.last).to_owned(),
+        };
+        Self { stream: stream.to_owned(), id, given: None }
     }
+
+    /// Looks for what is missing after this place, and notes how many entries there have been up to it, if that can be told.
+    /// A stream that ends before the place is an error: nothing would ever be read from it.
+    fn examine(&mut self, connection: &Connection, info: Option<&Info>) -> Result<Option<RowError>> {
+        let Self { stream, id, given } = self;
+        let missing = match info {
+            Some(info) => missing(*given, id, info),
+            None if given.is_some_and(|given| given > 0) => Missing::Unknown(Some(0)),
+            None => Missing::Nothing(Some(0)),
+        };
+        let (message, known) = match missing {
+            Missing::Nothing(known) => {
+                *given = known;
+                return Ok(None);
+            }
+            Missing::SetBack(last) => {
+                return Err(connection.error(format!(
+                    "stream `{stream}` ends at {last}, before {id}, the last entry read: it was deleted and began anew with \
+                     smaller ids, or the server lost writes; entries up to {id} are not read again, so give the source \
+                     another name to begin at `start`"
+                )));
+            }
+            Missing::Entries(count, known) => {
+                (format!("{stream}: {count} entries after {id} were trimmed or deleted before they were read"), known)
+            }
+            Missing::Unknown(known) => {
+                let what = "the stream was deleted, or the server lost writes";
+                (format!("{stream}: {what}: what came after {id} and was not read is lost"), known)
+            }
+        };
+        *given = known;
+        Ok(Some(RowError::new(message, &[])))
+    }
+}
+
+/// What a server says of a stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Info {
+    length: u64,
+    /// Id of the last entry that was ever added.
+    last: String,
+    /// Id of the oldest entry that is there.
+    first: Option<String>,
+    /// How many entries were ever added. Servers before Redis 7 do not count them.
+    added: Option<u64>,
+}
+
+/// Asks about a stream; `None` if there is none.
+async fn info(connection: &mut Connection, stream: &str) -> Result<Option<Info>> {
+    let command = Command::new("XINFO").args(["STREAM".to_owned(), stream.to_owned()]);
+    let pairs = match connection.call(command, PATIENCE).await? {
+        Reply::Error(words) if words.contains("no such key") => return Ok(None),
+        Reply::List(pairs) => pairs,
+        other => return Err(connection.error(format!("stream `{stream}`: {}", words_of(&other)))),
+    };
+    let value = |name| pairs.chunks_exact(2).find(|pair| pair[0].as_str() == Some(name)).map(|pair| &pair[1]);
+    let number = |name| match value(name) {
+        Some(Reply::Int(number)) => u64::try_from(*number).ok(),
+        _ => None,
+    };
+    let first = value("first-entry").and_then(|entry| entry_of(entry.clone())).map(|(id, _)| id);
+    match (number("length"), value("last-generated-id").and_then(Reply::as_str)) {
+        (Some(length), Some(last)) => {
+            Ok(Some(Info { length, last: last.to_owned(), first, added: number("entries-added") }))
+        }
+        _ => Err(connection.error("XINFO STREAM without length and last-generated-id")),
+    }
+}
+
+/// What is missing after a place.
+#[derive(Debug, PartialEq, Eq)]
+enum Missing {
+    /// Nothing that can be told; with the number of entries up to the place.
+    Nothing(Option<u64>),
+    /// So many entries; with the number of entries up to where they were.
+    Entries(u64, Option<u64>),
+    /// It is another stream than it was, or an older state of it.
+    Unknown(Option<u64>),
+    /// It ends before the place, with this id.
+    SetBack(String),
+}
+
+/// Compares what was read with what there was. `given` entries were added up to and with the one of `id`.
+fn missing(given: Option<u64>, id: &str, info: &Info) -> Missing {
+    let place = number_of(id);
+    let last = number_of(&info.last);
+    if last < place {
+        return Missing::SetBack(info.last.clone());
+    }
+    let Some(added) = info.added else { return Missing::Nothing(None) };
+    let is_after = |first: &String| number_of(first) > place;
+    let before_the_next = if last == place {
+        Some(added)
+    } else if info.first.as_ref().is_none_or(is_after) {
+        // All that is there comes after the place, so what is not there came before the next entry.
+        Some(added.saturating_sub(info.length))
+    } else {
+        None
+    };
+    match (given, before_the_next) {
+        (Some(given), Some(before)) if before > given => Missing::Entries(before - given, Some(before)),
+        (Some(given), Some(before)) if before < given => Missing::Unknown(Some(before)),
+        // There is at least one entry after the place.
+        (Some(given), None) if added <= given => Missing::Unknown(None),
+        (given, before) => Missing::Nothing(before.or(given)),
+    }
+}
+
+/// An id in the order of ids.
+pub(super) fn number_of(id: &str) -> (u64, u64) {
+    let (time, sequence) = id.split_once('-').unwrap_or((id, "0"));
+    (time.parse().unwrap_or_default(), sequence.parse().unwrap_or_default())
 }
 
 struct StreamReader {
     connection: Connection,
-    /// The id of the last entry taken, per stream.
-    positions: Vec<(String, String)>,
+    places: Vec<Place>,
     announce: bool,
-    layout: Layout,
-    columns_of_name: HashMap<String, Vec<usize>>,
-    rows: RowsBuilder,
+    /// What was missing at connect.
+    errors: Vec<RowError>,
+    rows: EntryRows,
+    /// When the server was last asked what is missing.
+    examined: Instant,
 }
 
 #[async_trait]
 impl PullReader for StreamReader {
     async fn next(&mut self) -> Result<Option<Pulled>> {
-        let mut errors = Vec::new();
+        let mut errors = std::mem::take(&mut self.errors);
         if !std::mem::take(&mut self.announce) {
             for (stream, entries) in self.read().await? {
+                let place = self.places.iter_mut().find(|place| place.stream == stream);
+                let place = place.ok_or_else(|| self.connection.error(format!("entries of `{stream}`, unasked")))?;
                 for entry in entries {
                     let (id, fields) = entry_of(entry).ok_or_else(|| self.connection.error("an entry without id"))?;
-                    if let Err(message) = self.take(&stream, &id, &fields) {
+                    if let Err(message) = self.rows.take(&stream, &id, &fields) {
                         errors.push(RowError::new(format!("{stream} {id}: {message}"), payload(&fields).as_bytes()));
                     }
-                    if let Some((_, position)) = self.positions.iter_mut().find(|(name, _)| *name == stream) {
-                        *position = id;
-                    }
+                    place.id = id;
+                    place.given = place.given.map(|given| given + 1);
                 }
             }
+            if self.examined.elapsed() >= EXAMINE_EVERY {
+                errors.extend(self.examine().await?);
+            }
         }
-        Ok(Some(Pulled { rows: self.rows.finish()?, errors, position: encode_position(&self.positions), more: false }))
+        Ok(Some(Pulled { rows: self.rows.finish()?, errors, position: encode_position(&self.places), more: false }))
     }
 }
 
 impl StreamReader {
-    /// Entries after the positions, per stream; none if nothing came while the server waited.
+    /// Entries after the places, per stream; none if nothing came while the server waited.
     async fn read(&mut self) -> Result<Vec<(String, Vec<Reply>)>> {
-        let count = (BATCH_ROWS_MAX / self.positions.len().max(1)).clamp(1, ENTRIES_MAX);
+        let count = (BATCH_ROWS_MAX / self.places.len().max(1)).clamp(1, ENTRIES_MAX);
         let command = Command::new("XREAD")
             .args(["COUNT".to_owned(), count.to_string(), "BLOCK".to_owned(), BLOCK.as_millis().to_string()])
             .arg("STREAMS")
-            .args(self.positions.iter().map(|(stream, _)| stream.clone()))
-            .args(self.positions.iter().map(|(_, id)| id.clone()));
-        let streams = match self.connection.call(command, BLOCK + PATIENCE).await? {
-            Reply::Null => return Ok(Vec::new()),
-            Reply::List(streams) => streams,
-            other => return Err(self.connection.error(words_of(&other))),
-        };
-        let stream_of = |reply: Reply| {
-            let mut parts = reply.into_list()?.into_iter();
-            let name = parts.next()?.as_str()?.to_owned();
-            Some((name, parts.next()?.into_list()?))
-        };
-        streams.into_iter().map(|s| stream_of(s).ok_or_else(|| self.connection.error("a malformed entry"))).collect()
+            .args(self.places.iter().map(|place| place.stream.clone()))
+            .args(self.places.iter().map(|place| place.id.clone()));
+        let reply = self.connection.call(command, BLOCK + PATIENCE).await?;
+        streams_of(reply).map_err(|words| self.connection.error(words))
     }
 
-    /// Takes one entry as a row.
-    fn take(&mut self, stream: &str, id: &str, fields: &[Reply]) -> Result<(), String> {
-        let whole = if self.layout.raw { payload(fields) } else { String::new() };
-        let mut row = self.rows.row();
-        for (index, column) in self.layout.columns.iter().enumerate() {
-            let cell = match column {
-                StreamColumn::Id => Cell::Text(id.into()),
-                StreamColumn::Stream => Cell::Text(stream.into()),
-                StreamColumn::Time => {
-                    Cell::Time(milliseconds(id).and_then(|ms| ms.checked_mul(1000)).ok_or("an id without time")?)
-                }
-            };
-            self.rows.set(&mut row, index, cell)?;
+    /// What is missing in the streams after their places.
+    async fn examine(&mut self) -> Result<Vec<RowError>> {
+        self.examined = Instant::now();
+        let mut errors = Vec::new();
+        for place in &mut self.places {
+            let info = info(&mut self.connection, &place.stream).await?;
+            errors.extend(place.examine(&self.connection, info.as_ref())?);
         }
-        if self.layout.raw {
-            self.rows.set(&mut row, self.layout.columns.len(), Cell::Json(whole.as_str().into()))?;
-        } else if let Some(json) = &self.layout.json {
-            let named = fields.chunks_exact(2).find(|pair| pair[0].as_str() == Some(json));
-            match named.map(|pair| &pair[1]) {
-                Some(Reply::Text(message)) => self.rows.set_json(&mut row, message)?,
-                _ => return Err(format!("the entry has no field `{json}`")),
-            }
-        } else {
-            for pair in fields.chunks_exact(2) {
-                let (Some(name), Reply::Text(value)) = (pair[0].as_str(), &pair[1]) else { continue };
-                for &column in self.columns_of_name.get(name).into_iter().flatten() {
-                    let cell = std::str::from_utf8(value).map_or(Cell::Bytes(value), Cell::Untyped);
-                    self.rows.set(&mut row, column, cell)?;
-                }
-            }
-        }
-        self.rows.push(row);
-        Ok(())
+        Ok(errors)
     }
 }
 
-/// An entry's id and its names and values in turn. An entry that was deleted meanwhile has none.
-fn entry_of(entry: Reply) -> Option<(String, Vec<Reply>)> {
-    let mut parts = entry.into_list()?.into_iter();
-    let id = parts.next()?.as_str()?.to_owned();
-    Some((id, parts.next().and_then(Reply::into_list).unwrap_or_default()))
-}
-
-/// An entry as a JSON object of texts. Bytes that are no UTF-8 are replaced.
-fn payload(fields: &[Reply]) -> String {
-    let text = |reply: &Reply| match reply {
-        Reply::Text(text) => json_string(&String::from_utf8_lossy(text)),
-        _ => "null".to_owned(),
-    };
-    let pairs: Vec<String> =
-        fields.chunks_exact(2).map(|pair| format!("{}:{}", text(&pair[0]), text(&pair[1]))).collect();
-    format!("{{{}}}", pairs.join(","))
-}
-
-fn encode_position(positions: &[(String, String)]) -> Vec<u8> {
+fn encode_position(places: &[Place]) -> Vec<u8> {
     let mut state = StateWriter::default();
-    state.u64(positions.len() as u64);
-    for (stream, id) in positions {
-        state.str(stream);
-        state.str(id);
+    state.u64(places.len() as u64);
+    for place in places {
+        state.str(&place.stream);
+        state.str(&place.id);
+    }
+    for place in places {
+        state.bool(place.given.is_some());
+        state.u64(place.given.unwrap_or_default());
     }
     state.finish()
 }
 
-fn decode_position(bytes: &[u8]) -> Result<Vec<(String, String)>> {
+fn decode_position(bytes: &[u8]) -> Result<Vec<Place>> {
     let mut state = StateReader::new(bytes);
-    (0..state.count()?).map(|_| Ok((state.str()?.to_owned(), state.str()?.to_owned()))).collect()
+    let place = |state: &mut StateReader<'_>| {
+        Ok(Place { stream: state.str()?.to_owned(), id: state.str()?.to_owned(), given: None })
+    };
+    let mut places = (0..state.count()?).map(|_| place(&mut state)).collect::<Result<Vec<_>>>()?;
+    // Earlier positions end here.
+    if !state.is_empty() {
+        for place in &mut places {
+            let is_known = state.bool()?;
+            place.given = Some(state.u64()?).filter(|_| is_known);
+        }
+    }
+    Ok(places)
 }
 
 /// Guesses the fields from the newest entries.
@@ -376,9 +370,39 @@ mod tests {
 
     #[test]
     fn positions_read_back_and_damage_is_an_error() {
-        let positions = vec![("a".to_owned(), "1-0".to_owned()), ("b".to_owned(), BEFORE_ALL.to_owned())];
-        let bytes = encode_position(&positions);
-        assert_eq!(decode_position(&bytes).expect("positions"), positions);
+        let place = |stream: &str, id: &str, given| Place { stream: stream.to_owned(), id: id.to_owned(), given };
+        let places = vec![place("a", "1-0", Some(7)), place("b", BEFORE_ALL, None)];
+        let bytes = encode_position(&places);
+        assert_eq!(decode_position(&bytes).expect("places"), places);
         assert!(decode_position(&bytes[..bytes.len() - 1]).is_err());
+    }
+
+    #[test]
+    fn what_is_missing_is_told_by_the_counts_and_the_ids() {
+        use Missing::{Entries, Nothing, SetBack, Unknown};
+        // Length, first and last id, entries ever added.
+        let info = |length, first: &str, last: &str, added| Info {
+            length,
+            first: Some(first.to_owned()).filter(|first| !first.is_empty()),
+            last: last.to_owned(),
+            added,
+        };
+        for (case, given, id, info, expected) in [
+            ("all read", Some(9), "9-0", info(3, "7-0", "9-0", Some(9)), Nothing(Some(9))),
+            ("all read, learned", None, "9-0", info(3, "7-0", "9-0", Some(9)), Nothing(Some(9))),
+            ("trimmed after reading", Some(7), "7-0", info(2, "8-0", "9-0", Some(9)), Nothing(Some(7))),
+            ("two trimmed", Some(5), "5-0", info(2, "8-0", "9-0", Some(9)), Entries(2, Some(7))),
+            ("ids of any size", Some(5), "50-3", info(2, "100-0", "101-0", Some(9)), Entries(2, Some(7))),
+            ("all trimmed", Some(5), "5-0", info(0, "", "9-0", Some(9)), Entries(4, Some(9))),
+            ("some to read", Some(7), "7-0", info(5, "5-0", "9-0", Some(9)), Nothing(Some(7))),
+            ("the first start", None, BEFORE_ALL, info(2, "8-0", "9-0", Some(9)), Nothing(Some(7))),
+            ("in the middle", None, "7-0", info(5, "5-0", "9-0", Some(9)), Nothing(None)),
+            ("anew", Some(7), "7-0", info(2, "8-0", "9-0", Some(2)), Unknown(Some(0))),
+            ("anew with a smaller id", Some(7), "7-0", info(2, "5-0", "9-0", Some(2)), Unknown(None)),
+            ("set back", Some(7), "7-0", info(2, "1-0", "2-0", Some(2)), SetBack("2-0".to_owned())),
+            ("an old server", None, "5-0", info(2, "8-0", "9-0", None), Nothing(None)),
+        ] {
+            assert_eq!(missing(given, id, &info), expected, "{case}");
+        }
     }
 }

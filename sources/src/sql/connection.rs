@@ -38,6 +38,10 @@ pub(super) struct Column {
     pub(super) name: String,
     /// `None` if only the values tell (SQLite).
     pub(super) field_type: Option<FieldType>,
+    /// Whether it is a transaction id of PostgreSQL.
+    pub(super) is_xid8: bool,
+    /// The table and its column that the values come from unchanged, where the database tells (SQLite).
+    pub(super) origin: Option<(String, String)>,
 }
 
 impl Connection {
@@ -78,6 +82,14 @@ impl Connection {
             Driver::Postgres(connection) => postgres::columns(connection, sql).await,
             Driver::MySql(connection) => mysql::columns(connection, sql).await,
             Driver::Sqlite(reader) => reader.columns(sql).await,
+        }
+    }
+
+    /// Whether a column is the `INTEGER PRIMARY KEY AUTOINCREMENT` of a SQLite table.
+    pub(super) async fn is_autoincrement(&mut self, column: &Column) -> Result<bool> {
+        match (&mut self.driver, &column.origin) {
+            (Driver::Sqlite(reader), Some((table, name))) => reader.is_autoincrement(table, name).await,
+            _ => Ok(false),
         }
     }
 

@@ -3,6 +3,7 @@
 mod cells;
 mod collect;
 mod connection;
+mod cursor;
 mod key;
 mod mysql;
 mod options;
@@ -17,19 +18,20 @@ use std::path::PathBuf;
 use async_trait::async_trait;
 use futures::future::BoxFuture;
 use indexmap::IndexMap;
-use pipeline::config::{At, CheckContext, Duration, Fields, SecretUrl};
+use pipeline::config::{At, CheckContext, Duration, Fields, Position, SecretUrl};
 use pipeline::error::{Error, Result};
 use pipeline::plugin::{Delivery, Reader, Schedule, Source, SourceConfig, SourceContext, SourceShape};
 use pipeline::schema::FieldType;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-pub use options::{Cursor, SqlField, Words};
+pub use options::{CommitOrder, Cursor, SqlField, Words};
 
 use collect::Collector;
-use connection::Connection;
-use plan::{Mode, Plan, Query};
-use readers::{CursorReader, SnapshotReader, TogetherReader};
+use connection::{Column, Connection};
+use cursor::CursorReader;
+use plan::{Guard, Mode, Plan, Query, Server};
+use readers::{SnapshotReader, TogetherReader};
 
 /// The page of the documentation.
 const PAGE: &str = "\
@@ -51,13 +53,35 @@ fit is a row error: it names the column and the value, and the other rows go on.
 
 ## Delivery
 Without `cursor`: a sample of the state at each poll; it may be `on_demand`. With `cursor`: read again from the position
-in the checkpoint, nothing lost, nothing twice, if rows become visible in the order of the cursor (see Limits).
+in the checkpoint, nothing lost, nothing twice, if rows become visible in the order of the cursor. That is the database's part:
+
+- **PostgreSQL** draws ids and times before the commit, so a transaction that commits late shows rows behind the position.
+  With the transaction's own id as the first column it is exact: rows are read when every earlier transaction has ended.
+
+      CREATE TABLE events (
+        id bigint GENERATED ALWAYS AS IDENTITY,
+        xid xid8 NOT NULL DEFAULT pg_current_xact_id(),   -- PostgreSQL 13 or newer
+        …,
+        PRIMARY KEY (xid, id));
+
+      cursor: [xid, id]
+      commit_order: xid8
+      fields: {xid: int, id: int, …}
+
+  An open transaction that has written anything, in any database of the server, holds the rows after it back. A row that is
+  updated comes again only if a trigger sets its `xid` anew. (The system column `xmin` is no replacement: it has 32 bits, and
+  is not ordered.)
+- **SQLite** has one writer at a time: an `INTEGER PRIMARY KEY AUTOINCREMENT` is exact, `commit_order: autoincrement` insists
+  on it. A plain rowid is used again after the newest rows are deleted, so a warning says when the cursor is none.
+- **MySQL, MariaDB, and any cursor with a time**: `lag: 10s`. A row is read when so much time has passed since a row at or after
+  it was first seen; by then whatever drew a smaller id or an earlier time is there. Its limit: a transaction that is
+  open for longer than `lag` after it drew its id or time is passed over, and so is a time that a clock gives which is slow by
+  more than that. Nothing comes twice.
+- `commit_order: assured` says that you know: one writer, or a query that holds young rows back itself.
 
 ## Limits
-- A cursor sees no row that becomes visible behind its position. In PostgreSQL and MySQL numbers and times are
-  drawn before the commit, so a transaction that commits late can be passed over; let the query hold back rows that are younger
-  than your longest transaction (`WHERE updated_at < now() - interval '10 seconds'`). In SQLite, with its single
-  writer, `INTEGER PRIMARY KEY AUTOINCREMENT` is in order.
+- A cursor in PostgreSQL or MySQL without `lag` and `commit_order` passes over rows that become visible behind its position;
+  `check` notes it, and refuses it where `guarantee: exactly_once` is asked.
 - A single cursor column must be unique; with several, all together. A time alone is refused. Rows with null in a cursor
   column are not read. An index over the cursor's columns in their order keeps a poll cheap.
 - A snapshot of more than `rows_max` rows is an error, not a part of the rows.
@@ -90,6 +114,12 @@ pub struct SqlConfig {
     pub fields: IndexMap<String, At<SqlField>>,
     /// Read new rows only: `id`, `[updated_at, id]`, or `{column: id, start: 1000}`. Default: all rows at each poll.
     pub cursor: Option<At<Cursor>>,
+    /// What makes rows visible in the order of the cursor, so that none is passed over: `xid8` (PostgreSQL: its first column),
+    /// `autoincrement` (SQLite), or `assured` (you know). Default: nothing that is known.
+    pub commit_order: Option<At<CommitOrder>>,
+    /// How long rows of a cursor wait after they are first seen, for transactions that drew a smaller id and commit later:
+    /// longer than your longest transaction. Default: not at all.
+    pub lag: Option<At<Duration>>,
     /// Most rows of one snapshot. Default 8192, one batch: more is nearly always a forgotten `GROUP BY`.
     pub rows_max: Option<At<usize>>,
     /// Most time of one statement. Default `10s`: longer ones hurt the database more than they tell.
@@ -119,11 +149,21 @@ fields:
   queue: {total: int, pending: int}
   scheduler: {avg_delay_seconds: float}
 ";
+    const PROMISES: &'static [(&'static str, Delivery)] = &[
+        ("without `cursor`", Delivery::Sampled),
+        ("with `cursor`, if rows become visible in its order", Delivery::Replayable),
+    ];
+    const INSTEAD: Option<&'static str> = Some("read new rows with `cursor`, and `commit_order` or `lag`");
 
     fn check(&self, cx: &mut CheckContext<'_>) -> Option<SourceShape> {
         let plan = plan::plan(self, &mut |position, message, hint| cx.error_hint(position, message, hint));
         // Without a plan, for a wrong URL say, `fields` still tell the columns.
-        let schema = plan.map(|plan| plan.schema()).or_else(|| plan::declared(self))?;
+        let schema = plan.as_ref().map(Plan::schema).or_else(|| plan::declared(self))?;
+        if let (Some(Plan { server, mode: Mode::Cursor { guard: Guard::None, .. } }), Some(cursor)) =
+            (&plan, &self.cursor)
+        {
+            unguarded(server, cursor.position, cx);
+        }
         let is_cursor = self.cursor.is_some();
         Some(SourceShape {
             schema,
@@ -137,12 +177,32 @@ fields:
 
     fn build(&self, cx: SourceContext) -> Result<Box<dyn Source>> {
         let plan = self.checked_plan()?;
-        Ok(Box::new(SqlSource { plan, url: self.url.value.clone(), timeout: self.timeout.value, folder: cx.folder }))
+        let (url, timeout) = (self.url.value.clone(), self.timeout.value);
+        Ok(Box::new(SqlSource { plan, url, timeout, folder: cx.folder, name: cx.name, warned: false }))
     }
 
     fn discover(&self, cx: SourceContext) -> BoxFuture<'_, Result<Fields>> {
         Box::pin(self.discover(cx.folder))
     }
+}
+
+/// Says what a cursor without `lag` and `commit_order` does not promise.
+fn unguarded(server: &Server, position: Position, cx: &mut CheckContext<'_>) {
+    let (message, hint) = match server {
+        Server::Postgres => (
+            "rows of a transaction that commits late can be passed over",
+            "begin the cursor with an `xid8` column and say `commit_order: xid8`, or give `lag`",
+        ),
+        Server::MySql => {
+            ("rows of a transaction that commits late can be passed over", "give `lag`, longer than any transaction")
+        }
+        // Most SQLite cursors are in order; whether this one is shows at connect.
+        Server::Sqlite(_) if !cx.exactly_once() => return,
+        Server::Sqlite(_) => {
+            ("a plain rowid is used again after the newest rows are deleted", "say `commit_order: autoincrement`")
+        }
+    };
+    cx.weakness(position, message, Some(hint.to_owned()));
 }
 
 impl SqlConfig {
@@ -211,6 +271,9 @@ struct SqlSource {
     url: SecretUrl,
     timeout: Duration,
     folder: PathBuf,
+    name: String,
+    /// Whether the log tells that the cursor is not known to be in order.
+    warned: bool,
 }
 
 #[async_trait]
@@ -230,19 +293,49 @@ impl Source for SqlSource {
                 }
                 Box::new(TogetherReader { connection, queries: queries.clone(), schema: self.plan.schema() })
             }
-            Mode::Cursor { query, columns, start } => {
-                verify(&mut connection, query).await?;
+            Mode::Cursor { query, columns, start, guard } => {
+                let result = verify(&mut connection, query).await?;
+                if let (Server::Sqlite(_), Guard::None | Guard::Autoincrement) = (server, guard) {
+                    let id = result.iter().find(|column| Some(&column.name) == columns.first());
+                    let is_exact = match id {
+                        Some(id) => columns.len() == 1 && connection.is_autoincrement(id).await?,
+                        None => false,
+                    };
+                    self.warned = not_autoincrement(&self.name, &columns[0], *guard, is_exact, self.warned)?;
+                }
                 let stored = position.map(|p| key::decode(columns, p)).transpose()?.unwrap_or_default();
                 let keys = if stored.is_empty() { start.clone() } else { stored };
-                Box::new(CursorReader::new(connection, server, query, columns, keys))
+                Box::new(CursorReader::open(connection, server, query, columns, keys, (guard, &result)).await?)
             }
         }))
     }
 }
 
 /// Prepares the query, so that a source is connected only when its query can run and has the declared columns.
-async fn verify(connection: &mut Connection, query: &Query) -> Result<()> {
+async fn verify(connection: &mut Connection, query: &Query) -> Result<Vec<Column>> {
     let columns = connection.columns(&query.sql).await?;
     let names: Vec<&str> = columns.iter().map(|c| c.name.as_str()).collect();
-    collect::places(query.fields.0.keys(), &names).map(drop)
+    collect::places(query.fields.0.keys(), &names)?;
+    Ok(columns)
+}
+
+/// Refuses a SQLite cursor that is no AUTOINCREMENT id where that is asked, else warns of it once.
+fn not_autoincrement(source: &str, column: &str, guard: Guard, is_exact: bool, warned: bool) -> Result<bool> {
+    if is_exact {
+        return Ok(false);
+    }
+    if guard == Guard::Autoincrement {
+        return Err(Error::outside(format!(
+            "`commit_order: autoincrement`: `{column}` is no INTEGER PRIMARY KEY AUTOINCREMENT of a table"
+        )));
+    }
+    if !warned {
+        tracing::warn!(
+            source,
+            column,
+            "the cursor is no INTEGER PRIMARY KEY AUTOINCREMENT: rows with a value that is not beyond the last one read \
+             are never read, and SQLite uses plain rowids again after the newest rows are deleted"
+        );
+    }
+    Ok(true)
 }

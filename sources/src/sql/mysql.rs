@@ -80,6 +80,8 @@ pub(super) async fn columns(connection: &mut MySqlConnection, sql: &str) -> Resu
     let column = |column: &sqlx::mysql::MySqlColumn| Column {
         name: column.name().to_owned(),
         field_type: Some(declared(column.type_info().name())),
+        is_xid8: false,
+        origin: None,
     };
     Ok(statement.columns().iter().map(column).collect())
 }

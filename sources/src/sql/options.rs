@@ -160,3 +160,27 @@ impl JsonSchema for Cursor {
         }]})
     }
 }
+
+/// What makes rows visible in the order of a cursor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum CommitOrder {
+    /// PostgreSQL: the cursor's first column is an `xid8` with `DEFAULT pg_current_xact_id()`; rows are read when every
+    /// earlier transaction has ended.
+    Xid8,
+    /// SQLite: the cursor is an `INTEGER PRIMARY KEY AUTOINCREMENT`.
+    Autoincrement,
+    /// You know it: one writer at a time, or a query that holds young rows back itself.
+    Assured,
+}
+
+impl CommitOrder {
+    /// The word in the YAML.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Xid8 => "xid8",
+            Self::Autoincrement => "autoincrement",
+            Self::Assured => "assured",
+        }
+    }
+}

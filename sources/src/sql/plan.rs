@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use indexmap::IndexMap;
@@ -10,7 +11,7 @@ use pipeline::schema::FieldType;
 
 use super::SqlConfig;
 use super::key::Key;
-use super::options::{Cursor, SqlField};
+use super::options::{CommitOrder, Cursor, SqlField};
 
 /// Which database the URL names.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,7 +75,22 @@ pub(super) enum Mode {
     /// One row of structs at each poll, from one read transaction.
     Together(Vec<(String, Query)>),
     /// New rows only.
-    Cursor { query: Query, columns: Vec<String>, start: Vec<Key> },
+    Cursor { query: Query, columns: Vec<String>, start: Vec<Key>, guard: Guard },
+}
+
+/// What keeps a cursor from passing over rows of transactions that commit late.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Guard {
+    /// Nothing that the YAML says.
+    None,
+    /// The first column is a PostgreSQL `xid8`.
+    Xid8,
+    /// The column is a SQLite `INTEGER PRIMARY KEY AUTOINCREMENT`.
+    Autoincrement,
+    /// The user knows.
+    Assured,
+    /// Rows wait so long after they are first seen.
+    Lag(Duration),
 }
 
 /// A query and the columns that are read from it.
@@ -162,6 +178,16 @@ fn durations(config: &SqlConfig, report: Report<'_>) -> bool {
     if let (Some(rows_max), true) = (&config.rows_max, config.cursor.is_some() || config.queries.is_some()) {
         report(rows_max.position, "`rows_max` belongs to a `query` or `table` without `cursor`".into(), None);
         ok = false;
+    }
+    let of_cursor = [
+        ("lag", config.lag.as_ref().map(|lag| lag.position)),
+        ("commit_order", config.commit_order.as_ref().map(|order| order.position)),
+    ];
+    for (name, position) in of_cursor {
+        if let Some(position) = position.filter(|_| config.cursor.is_none()) {
+            report(position, format!("`{name}` belongs to a `cursor`"), None);
+            ok = false;
+        }
     }
     ok
 }
@@ -269,8 +295,59 @@ fn cursor_mode(
             Err(message) => report(place(text), message, None),
         }
     }
+    let guard = guard(config, &types, server, report)?;
     let columns = types.keys().cloned().collect();
-    (start.len() == cursor.start.len()).then_some(Mode::Cursor { query, columns, start })
+    (start.len() == cursor.start.len()).then_some(Mode::Cursor { query, columns, start, guard })
+}
+
+/// What `lag` and `commit_order` say, if the server and the cursor can have it.
+fn guard(
+    config: &SqlConfig,
+    types: &IndexMap<String, FieldType>,
+    server: &Server,
+    report: Report<'_>,
+) -> Option<Guard> {
+    let Some(order) = &config.commit_order else {
+        return Some(match &config.lag {
+            Some(lag) if lag.value.0.is_zero() => {
+                report(lag.position, "`lag` must be longer than zero".into(), None);
+                return None;
+            }
+            Some(lag) => Guard::Lag(lag.value.0),
+            None => Guard::None,
+        });
+    };
+    let first = types.first().map(|(name, field_type)| (name.as_str(), *field_type));
+    let (message, hint) = match (order.value, server, first) {
+        _ if config.lag.is_some() => {
+            ("`lag` and `commit_order` exclude each other".to_owned(), "keep `lag` if no order is sure".to_owned())
+        }
+        (CommitOrder::Assured, ..) => return Some(Guard::Assured),
+        (CommitOrder::Xid8, Server::Postgres, Some((_, FieldType::Int))) if types.len() > 1 => {
+            return Some(Guard::Xid8);
+        }
+        (CommitOrder::Xid8, Server::Postgres, Some((name, FieldType::Int))) => (
+            "the rows of one transaction share their xid8".to_owned(),
+            format!("end with a unique column: `cursor: [{name}, id]`"),
+        ),
+        (CommitOrder::Xid8, Server::Postgres, _) => {
+            ("the cursor begins with no xid8".to_owned(), "begin it with an xid8 column, declared as `int`".to_owned())
+        }
+        (CommitOrder::Autoincrement, Server::Sqlite(_), Some((_, FieldType::Int))) if types.len() == 1 => {
+            return Some(Guard::Autoincrement);
+        }
+        (CommitOrder::Autoincrement, Server::Sqlite(_), _) => (
+            "the cursor is no AUTOINCREMENT id".to_owned(),
+            "one column, the INTEGER PRIMARY KEY AUTOINCREMENT, declared as `int`".to_owned(),
+        ),
+        (order, server, _) => {
+            let other = if matches!(server, Server::Postgres) { "`xid8`, `assured`" } else { "`lag`, `assured`" };
+            let other = if matches!(server, Server::Sqlite(_)) { "`autoincrement`, `assured`" } else { other };
+            (format!("`{}` is nothing that this database has", order.word()), format!("it can have {other}"))
+        }
+    };
+    report(order.position, message, Some(hint));
+    None
 }
 
 /// The cursor's columns with their types, if rows can be ordered by them without losing any.

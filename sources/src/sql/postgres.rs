@@ -53,6 +53,7 @@ mod oid {
     pub(super) const NUMERIC: u32 = 1700;
     pub(super) const UUID: u32 = 2950;
     pub(super) const JSONB: u32 = 3802;
+    pub(super) const XID8: u32 = 5069;
 }
 
 /// Connects for reading. Sessions run in UTC.
@@ -102,8 +103,12 @@ fn bind<'q>(query: Query<'q, Postgres, PgArguments>, key: &Key) -> Result<Query<
 /// The columns of a query.
 pub(super) async fn columns(connection: &mut PgConnection, sql: &str) -> Result<Vec<Column>> {
     let statement = connection.prepare(trusted(sql).into_sql_str()).await.map_err(failed)?;
-    let column =
-        |column: &PgColumn| Column { name: column.name().to_owned(), field_type: Some(declared(column.type_info())) };
+    let column = |column: &PgColumn| Column {
+        name: column.name().to_owned(),
+        field_type: Some(declared(column.type_info())),
+        is_xid8: number_of(column.type_info()) == oid::XID8,
+        origin: None,
+    };
     Ok(statement.columns().iter().map(column).collect())
 }
 
@@ -120,7 +125,7 @@ fn declared(type_info: &PgTypeInfo) -> FieldType {
     }
     match number_of(type_info) {
         oid::BOOL => FieldType::Bool,
-        oid::INT2 | oid::INT4 | oid::INT8 | oid::OID => FieldType::Int,
+        oid::INT2 | oid::INT4 | oid::INT8 | oid::OID | oid::XID8 => FieldType::Int,
         oid::FLOAT4 | oid::FLOAT8 | oid::NUMERIC | oid::INTERVAL => FieldType::Float,
         oid::TIMESTAMP | oid::TIMESTAMPTZ => FieldType::Timestamp(None),
         oid::DATE => FieldType::Date,
@@ -149,7 +154,7 @@ impl SqlRow for PgRow {
     fn key(&self, index: usize) -> Result<Key, String> {
         let (bytes, type_info) = binary(self, index)?.ok_or("null")?;
         Ok(match number_of(&type_info) {
-            oid::INT2 | oid::INT4 | oid::INT8 | oid::OID => Key::Int(int(bytes, &type_info)?),
+            oid::INT2 | oid::INT4 | oid::INT8 | oid::OID | oid::XID8 => Key::Int(int(bytes, &type_info)?),
             oid::TEXT | oid::VARCHAR | oid::BPCHAR | oid::NAME => Key::Text(utf8(bytes)?.to_owned()),
             oid::TIMESTAMP => Key::Time(timestamp(bytes)?),
             oid::TIMESTAMPTZ => Key::TimeUtc(timestamp(bytes)?),
@@ -184,7 +189,7 @@ fn cell<'a>(bytes: &'a [u8], type_info: &PgTypeInfo, wanted: FieldType) -> Resul
     }
     Ok(match number_of(type_info) {
         oid::BOOL => Cell::Bool(fixed::<1>(bytes)?[0] != 0),
-        oid::INT2 | oid::INT4 | oid::INT8 | oid::OID => Cell::Int(int(bytes, type_info)?),
+        oid::INT2 | oid::INT4 | oid::INT8 | oid::OID | oid::XID8 => Cell::Int(int(bytes, type_info)?),
         oid::FLOAT4 => Cell::Float(f64::from(f32::from_be_bytes(fixed(bytes)?))),
         oid::FLOAT8 => Cell::Float(f64::from_be_bytes(fixed(bytes)?)),
         oid::NUMERIC => cells::decimal(numeric(bytes)?.into(), wanted),

@@ -1,4 +1,4 @@
-//! The three ways to read: all rows, one row of several queries, new rows only.
+//! Whole results: all rows, or one row of several queries.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -13,8 +13,7 @@ use pipeline::plugin::{PullReader, Pulled, RowError};
 
 use super::collect::Collector;
 use super::connection::Connection;
-use super::key::{self, Key};
-use super::plan::{Query, Server};
+use super::plan::Query;
 
 /// All rows at each poll.
 pub(super) struct SnapshotReader {
@@ -100,92 +99,4 @@ fn one_struct(rows: Collector) -> Result<Result<StructArray, RowError>> {
         return Ok(Ok(StructArray::new_null(fields, 1)));
     }
     Ok(Ok(StructArray::try_new(fields, batch.columns().to_vec(), None::<NullBuffer>)?))
-}
-
-/// New rows only.
-pub(super) struct CursorReader {
-    pub(super) connection: Connection,
-    pub(super) query: Query,
-    pub(super) columns: Vec<String>,
-    /// The query for the first rows, and for the rows after `keys`.
-    pub(super) sql: (String, String),
-    /// The cursor in the last row read; empty before the first.
-    pub(super) keys: Vec<Key>,
-}
-
-impl CursorReader {
-    pub(super) fn new(
-        connection: Connection,
-        server: &Server,
-        query: &Query,
-        columns: &[String],
-        keys: Vec<Key>,
-    ) -> Self {
-        let sql = (cursor_sql(server, &query.sql, columns, false), cursor_sql(server, &query.sql, columns, true));
-        Self { connection, query: query.clone(), columns: columns.to_vec(), sql, keys }
-    }
-}
-
-#[async_trait]
-impl PullReader for CursorReader {
-    async fn next(&mut self) -> Result<Option<Pulled>> {
-        let mut rows = Collector::new(&self.query.fields, &self.columns, BATCH_ROWS_MAX);
-        let sql = if self.keys.is_empty() { &self.sql.0 } else { &self.sql.1 };
-        // With several columns the first value is bound twice, see `cursor_sql`.
-        let first = if self.keys.len() > 1 { self.keys.first() } else { None };
-        let bound: Vec<Key> = first.into_iter().chain(&self.keys).cloned().collect();
-        self.connection.fetch(sql, &bound, &mut rows).await?;
-        if rows.seen() > 0 {
-            self.keys = rows.keys().to_vec();
-        }
-        let more = rows.seen() == BATCH_ROWS_MAX;
-        let (rows, errors) = rows.finish()?;
-        Ok(Some(Pulled { rows, errors, position: key::encode(&self.columns, &self.keys), more }))
-    }
-}
-
-/// The query for the next rows in the order of the cursor.
-///
-/// Several columns are compared as one row value, so that ties in the first lose nothing; the comparison of
-/// the first column alone says the same once more, for planners that use no index for row values.
-fn cursor_sql(server: &Server, query: &str, columns: &[String], after: bool) -> String {
-    let quoted: Vec<String> = columns.iter().map(|c| server.quote_column(c)).collect();
-    let order = quoted.join(", ");
-    let mut number = 0;
-    let mut value = || {
-        number += 1;
-        if *server == Server::Postgres { format!("${number}") } else { "?".to_owned() }
-    };
-    let condition = match (after, quoted.as_slice()) {
-        // Null is never after a position; so it is not read before one either.
-        (false, all) => all.iter().map(|c| format!("{c} IS NOT NULL")).collect::<Vec<_>>().join(" AND "),
-        (true, [one]) => format!("{one} > {}", value()),
-        (true, all) => {
-            let first = format!("{} >= {}", all[0], value());
-            let values: Vec<String> = all.iter().map(|_| value()).collect();
-            format!("{first} AND ({order}) > ({})", values.join(", "))
-        }
-    };
-    // The line break keeps a comment at the query's end from swallowing the rest.
-    format!("SELECT * FROM (\n{query}\n) AS tailwater WHERE {condition} ORDER BY {order} LIMIT {BATCH_ROWS_MAX}")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_cursor_compares_whole_rows() {
-        let columns = ["updated_at".to_owned(), "id".to_owned()];
-        let sql = cursor_sql(&Server::Postgres, "SELECT 1 -- x", &columns, true);
-        assert_eq!(
-            sql,
-            "SELECT * FROM (\nSELECT 1 -- x\n) AS tailwater WHERE \"updated_at\" >= $1 AND (\"updated_at\", \"id\") > \
-             ($2, $3) ORDER BY \"updated_at\", \"id\" LIMIT 8192"
-        );
-        let sql = cursor_sql(&Server::MySql, "q", &columns[1..], true);
-        assert_eq!(sql, "SELECT * FROM (\nq\n) AS tailwater WHERE `id` > ? ORDER BY `id` LIMIT 8192");
-        let sql = cursor_sql(&Server::MySql, "q", &columns, false);
-        assert!(sql.contains("WHERE `updated_at` IS NOT NULL AND `id` IS NOT NULL ORDER"), "{sql}");
-    }
 }

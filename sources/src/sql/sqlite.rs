@@ -77,8 +77,20 @@ impl SqliteReader {
         let column = |column: &sqlx::sqlite::SqliteColumn| Column {
             name: column.name().to_owned(),
             field_type: declared(column.type_info().name()),
+            is_xid8: false,
+            origin: column.origin().table_column().map(|c| (c.table.to_string(), c.name.to_string())),
         };
         Ok(statement.columns().iter().map(column).collect())
+    }
+
+    /// Whether `column` is the `INTEGER PRIMARY KEY AUTOINCREMENT` of `table`: such ids are never used again.
+    pub(super) async fn is_autoincrement(&mut self, table: &str, column: &str) -> Result<bool> {
+        // A table has one such column at most, and it is the primary key.
+        let sql = "SELECT sql FROM sqlite_schema AS t WHERE type = 'table' AND name = ? COLLATE NOCASE AND EXISTS \
+                   (SELECT 1 FROM pragma_table_info(t.name) AS c WHERE c.pk = 1 AND c.name = ? COLLATE NOCASE)";
+        let query = sqlx::query_scalar::<_, Option<String>>(sql).bind(table.to_owned()).bind(column.to_owned());
+        let created = query.persistent(false).fetch_optional(&mut self.connection).await.map_err(failed)?;
+        Ok(created.flatten().is_some_and(|sql| has_autoincrement(&sql)))
     }
 
     /// Runs a statement without values.
@@ -113,6 +125,33 @@ fn declared(type_name: &str) -> Option<FieldType> {
         "TEXT" | "TIME" => FieldType::String,
         _ => return None,
     })
+}
+
+/// Whether a `CREATE TABLE` has the keyword, outside of names, texts and comments.
+fn has_autoincrement(sql: &str) -> bool {
+    let mut rest = sql;
+    while let Some(first) = rest.chars().next() {
+        let word = rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len());
+        if rest[..word].eq_ignore_ascii_case("autoincrement") {
+            return true;
+        }
+        // What a doubled quote separates is one text more: none of it is looked at either.
+        let closing = match first {
+            '\'' => "'",
+            '"' => "\"",
+            '`' => "`",
+            '[' => "]",
+            '-' if rest.starts_with("--") => "\n",
+            '/' if rest.starts_with("/*") => "*/",
+            _ => {
+                rest = &rest[word.max(first.len_utf8())..];
+                continue;
+            }
+        };
+        let inside = &rest[first.len_utf8()..];
+        rest = inside.find(closing).map_or("", |end| &inside[end + closing.len()..]);
+    }
+    false
 }
 
 fn get<'r, T: Decode<'r, Sqlite>>(row: &'r SqliteRow, index: usize) -> Result<T, String> {
@@ -158,5 +197,26 @@ impl SqlRow for SqliteRow {
             "TEXT" => Key::Text(get(self, index)?),
             _ => Key::Bytes(get(self, index)?),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn autoincrement_is_a_keyword() {
+        for (sql, expected) in [
+            ("CREATE TABLE t (id INTEGER PRIMARY KEY AUTOINCREMENT, a)", true),
+            ("CREATE TABLE t (id INTEGER PRIMARY KEY autoincrement)", true),
+            ("CREATE TABLE 'it''s' (\"id\" INTEGER PRIMARY KEY/**/AUTOINCREMENT)", true),
+            ("CREATE TABLE t (id INTEGER PRIMARY KEY)", false),
+            ("CREATE TABLE t (id INTEGER PRIMARY KEY, autoincrements)", false),
+            ("CREATE TABLE t (id INTEGER PRIMARY KEY, [autoincrement] INT DEFAULT 'AUTOINCREMENT')", false),
+            ("CREATE TABLE \"autoincrement\" (id INTEGER PRIMARY KEY -- AUTOINCREMENT\n)", false),
+            ("CREATE TABLE t (id INTEGER PRIMARY KEY /* AUTOINCREMENT", false),
+        ] {
+            assert_eq!(has_autoincrement(sql), expected, "{sql}");
+        }
     }
 }

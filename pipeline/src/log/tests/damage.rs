@@ -9,10 +9,10 @@ use crate::disk::simulated::Random;
 use crate::log::groups::Step;
 
 /// Files of a log, in order.
-type Files = Vec<(PathBuf, Vec<u8>)>;
+pub(super) type Files = Vec<(PathBuf, Vec<u8>)>;
 
 /// Three segments, the last one with two groups.
-fn three_segments() -> Files {
+pub(super) fn three_segments() -> Files {
     let disk = SimulatedDisk::new(1);
     let (mut log, _) = open(&disk, 130).expect("opened");
     for commit in 0..6 {
@@ -26,7 +26,7 @@ fn three_segments() -> Files {
     files.into_iter().map(|path| (path.clone(), disk.read(&path).expect("read"))).collect()
 }
 
-fn install(files: &[(PathBuf, Vec<u8>)]) -> SimulatedDisk {
+pub(super) fn install(files: &[(PathBuf, Vec<u8>)]) -> SimulatedDisk {
     let disk = SimulatedDisk::new(1);
     files.iter().for_each(|(path, bytes)| disk.install(path, bytes));
     disk

@@ -2,6 +2,7 @@
 
 mod crash;
 mod damage;
+mod salvage;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -28,9 +29,14 @@ fn payload(lsn: u64, salt: u64) -> Vec<u8> {
     (0..length).map(|i| (lsn + salt * 31 + i) as u8).collect()
 }
 
+/// Every kind that an owner may give.
+fn kind(lsn: u64) -> u8 {
+    (lsn % 255) as u8
+}
+
 fn append(log: &mut Log, salt: u64) -> u64 {
     let lsn = log.next_lsn();
-    let given = log.append(lsn as u8, lsn.cast_signed() * 10, &salt.to_le_bytes(), &payload(lsn, salt));
+    let given = log.append(kind(lsn), lsn.cast_signed() * 10, &salt.to_le_bytes(), &payload(lsn, salt));
     assert_eq!(given, lsn);
     lsn
 }
@@ -52,7 +58,7 @@ fn check(records: &[Record], from: u64, salts: &[u64]) {
     assert_eq!(records.len(), salts.len());
     for ((record, lsn), salt) in records.iter().zip(from..).zip(salts) {
         assert_eq!(record.lsn, lsn);
-        assert_eq!((record.kind, record.ingest_us), (lsn as u8, lsn.cast_signed() * 10));
+        assert_eq!((record.kind, record.ingest_us), (kind(lsn), lsn.cast_signed() * 10));
         assert_eq!(record.metadata, salt.to_le_bytes().as_slice(), "record {lsn}");
         assert_eq!(record.payload, payload(lsn, *salt), "record {lsn}");
     }

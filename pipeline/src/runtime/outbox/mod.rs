@@ -11,6 +11,7 @@
 //! [exactly once]: crate::plugin::OutboxSink::is_exactly_once
 
 mod delivery;
+mod kept;
 #[cfg(test)]
 mod tests;
 
@@ -26,6 +27,8 @@ use tokio::time::{Instant, sleep};
 use tracing::warn;
 
 pub(crate) use delivery::DeliveryTask;
+pub(crate) use kept::Kept;
+use kept::metric_and_count;
 
 use super::{blocking, is_true};
 use crate::batch::BATCH_ROWS_MAX;
@@ -294,27 +297,20 @@ impl Outbox {
 
     /// Takes over the state of checkpoint `checkpoint`, which is durable.
     pub(crate) fn restore(&self, checkpoint: u64, state: &[u8]) -> Result<()> {
-        let mut state = StateReader::new(state);
         let mut inner = lock(&self.inner);
-        let version = state.u64()?;
-        if version != STATE_VERSION {
+        let Some(kept) = Kept::read(state)? else {
             let first = inner.log.first_lsn();
             inner.log.truncate(first)?;
-            return inner.restore_first_version(&mut state, !self.exactly_once);
-        }
-        let end = state.u64()?;
-        let mut froms = Vec::new();
-        for _ in 0..state.count()? {
-            let metric = state.str()?;
-            let (next, first, skip) = (state.u64()?, state.u64()?, state.u64()?);
-            if let Some(input) = inner.inputs.iter().position(|input| input.metric == metric) {
-                inner.waiting[input].next = next;
+            return inner.restore_first_version(state, !self.exactly_once);
+        };
+        let end = kept.end;
+        for from in &kept.froms {
+            if let Some(input) = inner.inputs.iter().position(|input| input.metric == from.metric) {
+                inner.waiting[input].next = from.next;
             }
-            froms.push(From { metric: metric.to_owned(), first, skip });
         }
-        inner.read_log(end, &froms)?;
-        let needed = froms.iter().map(|from| from.first).min().unwrap_or(end);
-        inner.needed.push_back((checkpoint, needed));
+        inner.read_log(&kept)?;
+        inner.needed.push_back((checkpoint, kept.needed()));
         inner.waiting.iter_mut().for_each(|waiting| waiting.make_ready(end));
         Ok(())
     }
@@ -372,14 +368,6 @@ impl Outbox {
         drop(inner);
         self.room.notify_waiters();
     }
-}
-
-/// Where the rows of an input begin that a checkpoint has and the other side may not have.
-struct From {
-    metric: String,
-    /// Their first record, and the rows in it that are delivered.
-    first: u64,
-    skip: u64,
 }
 
 impl Inner {
@@ -499,7 +487,8 @@ impl Inner {
     }
 
     /// Finds the rows that a checkpoint names in the log, which ended at `end` then; what came later goes.
-    fn read_log(&mut self, end: u64, froms: &[From]) -> Result<()> {
+    fn read_log(&mut self, kept: &Kept) -> Result<()> {
+        let end = kept.end;
         let folder = self.log.folder().display().to_string();
         if self.log.next_lsn() < end {
             let here = self.log.next_lsn();
@@ -507,7 +496,7 @@ impl Inner {
             return self.log.skip_to(end);
         }
         self.log.truncate(end)?;
-        let from = froms.iter().map(|from| from.first).min().unwrap_or(end);
+        let from = kept.needed();
         if from < self.log.first_lsn() {
             let here = self.log.first_lsn();
             warn!("{folder}: records {from} to {here} are gone: rows that waited for delivery are lost");
@@ -515,15 +504,12 @@ impl Inner {
         let mut cursor = self.log.records_from(from.max(self.log.first_lsn()))?;
         let mut lost = 0;
         while let Some(record) = cursor.read()? {
-            let mut metadata = StateReader::new(&record.metadata);
-            let metric = metadata.str()?;
-            metadata.u64()?;
-            let count = usize::try_from(metadata.u64()?).unwrap_or(usize::MAX);
-            let Some(from) = froms.iter().find(|from| from.metric == metric && from.first <= record.lsn) else {
+            let (metric, count) = metric_and_count(&record)?;
+            let (skip, count) = kept.waiting(&record, metric, count);
+            if count == 0 {
                 continue;
-            };
-            let skip = if from.first == record.lsn { usize::try_from(from.skip).unwrap_or(usize::MAX) } else { 0 };
-            let count = count.saturating_sub(skip);
+            }
+            let [skip, count] = [skip, count].map(|rows| usize::try_from(rows).unwrap_or(usize::MAX));
             let rows = StateReader::new(&record.payload).batches()?;
             let Some(input) = rows.first().and_then(|rows| self.input_of(metric, rows)) else {
                 warn_of_lost(&mut lost, metric, count);
@@ -540,7 +526,9 @@ impl Inner {
     }
 
     /// The layout before there was a log: all rows in the state.
-    fn restore_first_version(&mut self, state: &mut StateReader<'_>, ready: bool) -> Result<()> {
+    fn restore_first_version(&mut self, state: &[u8], ready: bool) -> Result<()> {
+        let mut state = StateReader::new(state);
+        state.u64()?;
         let mut lost = 0;
         let mut take = |inner: &mut Self, metric: &str, batches: Vec<RecordBatch>| {
             for rows in batches {

@@ -16,6 +16,7 @@
 //! A file of pieces is synced before the manifest that names it is written, and removed after the last one that does.
 //! The first version (`TAILWCK1`) had all states in the manifest; it is still read.
 
+mod found;
 mod pieces;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -30,6 +31,7 @@ use xxhash_rust::xxh3::xxh3_128;
 use crate::disk::{Disk, RealDisk, remove_drafts, write_whole};
 use crate::error::{Error, Result};
 use crate::state::{StateReader, StateWriter};
+pub(crate) use found::{Found, is_locked, is_of_checkpoints, read_all};
 use pieces::{Fresh, Piece, Pieces};
 
 const MAGIC: &[u8; 8] = b"TAILWCK2";
@@ -97,32 +99,43 @@ impl Store {
 
     /// Finds out which pieces are there, and removes files that no checkpoint names.
     fn look_around(&mut self) -> Result<()> {
+        let mut all_told = true;
         for (number, path) in self.list()? {
-            // One that cannot be read names nothing; `latest` says so.
-            if let Ok(manifest) = self.manifest(&path) {
-                self.kept.push_back((number, manifest.files()));
-                self.pieces.note(manifest.pieces());
+            match self.manifest(&path) {
+                Ok(manifest) => {
+                    self.kept.push_back((number, manifest.files()));
+                    self.pieces.note(manifest.pieces());
+                }
+                // `latest` says so. A copy of it would need its pieces.
+                Err(_) => all_told = false,
             }
         }
-        self.remove_unnamed()
+        if all_told { self.remove_unnamed() } else { Ok(()) }
     }
 
-    /// The newest checkpoint that is whole. A damaged one is set aside with a warning: once a run has gone on from an
-    /// older one, nothing may start from it, even if the disk gives it back, and it must not count as one that is kept.
+    /// The newest checkpoint that is whole. Damaged ones that are newer are set aside with a warning: once a run has gone on
+    /// from an older one, nothing may start from them, even if the disk gives them back, and they must not count as kept.
+    /// If none is whole all stay where they are, for the start that is refused.
     pub(crate) fn latest(&self) -> Result<Option<Checkpoint>> {
+        let mut damaged: Vec<(u64, PathBuf, Error)> = Vec::new();
         for (number, path) in self.list()?.into_iter().rev() {
             match self.read(&path) {
-                Ok(checkpoint) => return Ok(Some(checkpoint)),
-                Err(error) => {
-                    let aside = path.with_extension(DAMAGED);
-                    // If it stays, it is skipped again.
-                    let moved = self.disk.rename(&path, &aside).and_then(|()| self.disk.sync_folder(&self.dir));
-                    let kept_as = if moved.is_ok() { &aside } else { &path };
-                    warn!("checkpoint {number} is damaged and skipped, and kept as {}: {error}", kept_as.display());
+                Ok(checkpoint) => {
+                    damaged.iter().for_each(|(number, path, error)| self.set_aside(*number, path, error));
+                    return Ok(Some(checkpoint));
                 }
+                Err(error) => damaged.push((number, path, error)),
             }
         }
         Ok(None)
+    }
+
+    fn set_aside(&self, number: u64, path: &Path, error: &Error) {
+        let aside = path.with_extension(DAMAGED);
+        // If it stays, it is skipped again.
+        let moved = self.disk.rename(path, &aside).and_then(|()| self.disk.sync_folder(&self.dir));
+        let kept_as = if moved.is_ok() { &aside } else { path };
+        warn!("checkpoint {number} is damaged and skipped, and kept as {}: {error}", kept_as.display());
     }
 
     /// Makes a checkpoint durable and removes those that are no longer kept. Returns the number of the oldest that is.
