@@ -23,7 +23,7 @@ use super::store::{Checkpoint, Found, Store, is_locked, read_all};
 use crate::disk::{Disk, Entry, RealDisk};
 use crate::error::{Error, Result};
 use crate::graph::{Graph, GraphSink};
-use crate::history::files::{self, STAGE_FOLDER, SWAP_FOLDER, sink_and_checkpoint};
+use crate::history::files::{self, STAGE_FOLDER, sink_and_checkpoint};
 use crate::log::{self, Durability, Mended};
 use crate::plugin::StagedFile;
 use crate::state::StateReader;
@@ -126,7 +126,7 @@ impl<'a> Listed<'a> {
         let mut listed = Self { sink, root, published: Vec::new(), staged: Vec::new(), strays: Vec::new() };
         for entry in list(root)? {
             let path = root.join(&entry.name);
-            if entry.folder && entry.name == SWAP_FOLDER {
+            if entry.folder && path == files::swap_inside(root) {
                 // What a merge replaced, kept for a while: nobody reads it.
                 continue;
             }
