@@ -5,7 +5,7 @@
 //! settings. Publisher, subscriber and clients are this process.
 
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -23,36 +23,15 @@ use rumqttc::v5::mqttbytes::v5::Packet;
 use rumqttc::v5::{AsyncClient, Event, MqttOptions};
 use tokio_tungstenite::tungstenite::Message;
 
+mod servers;
+
+use servers::{Running, free_port, start};
+
 const ROUNDS: usize = 3;
 const SECONDS: u64 = 5;
 const RECEIVE_MAXIMUM: u16 = 1000;
 /// Messages a second while delays are measured.
 const PACE: u64 = 1_000;
-
-/// A process that ends with the bench.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a port");
-    listener.local_addr().expect("its address").port()
-}
-
-fn start(command: &mut Command, port: u16) -> Running {
-    let child = Running(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("started"));
-    let since = Instant::now();
-    while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
-        assert!(since.elapsed() < Duration::from_secs(20), "{command:?} does not listen");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    child
-}
 
 /// A program that counts the messages of the broker, in a folder of its own.
 struct Program {

@@ -3,7 +3,7 @@
 //! `cargo bench --bench latency`: 100 clients that get everything, 1,000 messages a second for 10 s; then one client
 //! per device. Every message carries its time of sending; publisher and clients are this process, so one clock.
 
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -14,35 +14,14 @@ use tokio::net::TcpStream;
 use tokio::sync::Mutex;
 use tokio_tungstenite::tungstenite::Message;
 
+mod servers;
+
+use servers::{free_port, start};
+
 const CLIENTS: usize = 100;
 const DEVICES: usize = 100;
 const MESSAGES_PER_SECOND: u64 = 1_000;
 const SECONDS: u64 = 10;
-
-/// A process that ends with the bench.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a port");
-    listener.local_addr().expect("its address").port()
-}
-
-fn start(command: &mut Command, port: u16) -> Running {
-    let child = Running(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("started"));
-    let since = Instant::now();
-    while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
-        assert!(since.elapsed() < Duration::from_secs(20), "{command:?} does not listen");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    child
-}
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 1)]
 async fn main() {
