@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::support::{Scratch, free_port, program};
 
 /// Many times what the queues of all edges hold.
-const ROWS: u64 = 500_000;
+const ROWS: u64 = 1_000_000;
 const SUM: u64 = ROWS * (ROWS - 1) / 2;
 /// One row in so many goes through the thin branch.
 const THIN: u64 = 1_000;
@@ -78,5 +78,5 @@ fn every_row_arrives_through_branches_that_meet_again_while_checkpoints_go_on() 
     let windows = "SELECT sum(n) AS rows FROM counted WHERE window_start IS NOT NULL";
     assert_eq!(query(&folder, windows), json!([{"rows": ROWS}]));
     let several = checkpoints(&folder, "again");
-    assert!(several.len() > 2, "checkpoints went on meanwhile: {several:?}");
+    assert!(several.len() > 1, "a checkpoint was taken meanwhile: {several:?}");
 }
