@@ -367,7 +367,7 @@ impl Delivery<'_> {
             sink = line[0],
             pipeline = line[1],
             last,
-            self.id,
+            id = self.id,
             "rows up to `last` are in the database already"
         );
         if last < self.id && connection.run_with(&server.claim_delivery(deliveries, last, self.id), line).await? > 0 {
