@@ -11,8 +11,8 @@ use pipeline::error::{Error, Result};
 use rustls::ClientConfig;
 use tokio::sync::mpsc::{self, error::TrySendError};
 
-/// Requests that may wait for the connection: an acknowledgement of every packet id there is, and some more
-/// for subscribing. So an acknowledgement never finds the queue full.
+/// Requests that may wait for the connection: an acknowledgement of every packet id there is, were each asked for alone,
+/// and some more for subscribing. So an acknowledgement never finds the queue full.
 pub(super) const REQUESTS_MAX: usize = 65_535 + 64;
 
 /// Largest packet that MQTT can carry, in bytes. A smaller limit would end the connection at a larger message,
@@ -102,8 +102,8 @@ pub(super) enum Request {
     Subscribe { filters: Vec<String>, qos: u8 },
     /// Answered by [`Event::Unsubscribed`].
     Unsubscribe { filter: String },
-    /// Confirms a message: PUBACK or PUBREC.
-    Acknowledge(PacketId),
+    /// Confirms messages, in this order: PUBACK or PUBREC.
+    Acknowledge(Vec<PacketId>),
     /// Says goodbye, after everything asked before.
     Disconnect,
 }

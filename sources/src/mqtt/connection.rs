@@ -17,13 +17,14 @@ use super::client::{Event, Message, PacketId, Request, Requests, connection_gone
 use super::metadata::Metadata;
 use super::socket::Client;
 
-/// Messages that wait for the engine. MQTT has no more packet ids, so a broker that waits for acknowledgements
-/// never fills it; with `qos: 0` a full queue stops the reading, and TCP holds the broker back.
-const QUEUE_MESSAGES_MAX: usize = 65_535;
-
-/// Bytes of payload that wait for the engine. At the limit nothing is read from the broker until the engine takes
-/// messages, and TCP holds the broker back.
+/// Bytes that wait for the engine. At the limit nothing is read from the broker until the engine takes messages, and TCP
+/// holds the broker back.
 const QUEUE_BYTES_MAX: u32 = 64 << 20;
+
+/// What a message takes beside its payload, and most messages that wait for the engine by that. MQTT has no more packet
+/// ids, so a broker that waits for acknowledgements never fills the queue with small messages.
+const MESSAGE_BYTES: u32 = 1 << 10;
+const QUEUE_MESSAGES_MAX: usize = (QUEUE_BYTES_MAX / MESSAGE_BYTES) as usize;
 
 /// Starts to poll the connection. `events` happened while it was made; `resumes` says whether the broker sends
 /// unacknowledged messages again after a reconnect; messages longer than `bytes_max` are cut to one byte more,
@@ -47,24 +48,24 @@ pub(super) fn start(
 /// Polls until the connection breaks or our DISCONNECT has left.
 async fn drive(mut client: Box<dyn Client>, mut events: Vec<Event>, queue: Queue) {
     loop {
+        let (mut lot, mut left) = (Lot::default(), false);
         let mut broken = None;
         for event in events.drain(..) {
             match event {
                 Event::Message(message) => {
-                    let mut push = pin!(queue.push(message));
-                    tokio::select! {
-                        biased;
-                        () = &mut push => {}
-                        // While there is no room, what is acknowledged leaves, and so do pings.
-                        error = client.attend(), if broken.is_none() => {
-                            broken = Some(error);
-                            push.await;
-                        }
+                    if let Some(full) = lot.add(message, queue.bytes_max) {
+                        queue.push_beside(full, client.as_mut(), &mut broken).await;
                     }
                 }
-                Event::Disconnected => return,
+                Event::Disconnected => left = true,
                 Event::Subscribed(_) | Event::Unsubscribed => {}
             }
+        }
+        if !lot.messages.is_empty() {
+            queue.push_beside(lot, client.as_mut(), &mut broken).await;
+        }
+        if left {
+            return;
         }
         let polled = match broken {
             Some(error) => Err(error),
@@ -77,28 +78,58 @@ async fn drive(mut client: Box<dyn Client>, mut events: Vec<Event>, queue: Queue
     }
 }
 
+/// Messages on their way to the engine.
+#[derive(Debug, Default)]
+struct Lot {
+    messages: Vec<Message>,
+    /// Bytes that they take of the queue.
+    room: u32,
+}
+
+impl Lot {
+    /// Adds a message, cut to one byte more than `bytes_max`. What was there before, if both are more than the queue
+    /// can take at once.
+    fn add(&mut self, mut message: Message, bytes_max: usize) -> Option<Self> {
+        message.payload.truncate(bytes_max.saturating_add(1));
+        let room = u32::try_from(message.payload.len()).unwrap_or(u32::MAX);
+        let room = room.saturating_add(MESSAGE_BYTES).min(QUEUE_BYTES_MAX);
+        let is_full = self.messages.len() >= BATCH_ROWS_MAX || self.room.saturating_add(room) > QUEUE_BYTES_MAX;
+        let full = is_full.then(|| std::mem::take(self));
+        self.messages.push(message);
+        self.room += room;
+        full
+    }
+}
+
 /// The task's end of the queue.
 struct Queue {
-    sender: mpsc::Sender<Result<Message>>,
+    sender: mpsc::Sender<Result<Lot>>,
     /// Free bytes.
     room: Arc<Semaphore>,
     bytes_max: usize,
 }
 
 impl Queue {
-    /// Waits for room. When the reader is gone the message is dropped, unacknowledged.
-    async fn push(&self, mut message: Message) {
-        message.payload.truncate(self.bytes_max.saturating_add(1));
-        if let Ok(permit) = self.room.acquire_many(room_of(&message)).await {
+    /// Waits for room. When the reader is gone the messages are dropped, unacknowledged.
+    async fn push(&self, lot: Lot) {
+        if let Ok(permit) = self.room.acquire_many(lot.room).await {
             permit.forget();
-            let _ = self.sender.send(Ok(message)).await;
+            let _ = self.sender.send(Ok(lot)).await;
         }
     }
-}
 
-/// Bytes that a message takes of the queue. A larger one than the queue takes all of it.
-fn room_of(message: &Message) -> u32 {
-    u32::try_from(message.payload.len()).unwrap_or(u32::MAX).min(QUEUE_BYTES_MAX)
+    /// As [`Self::push`]. While there is no room, what is acknowledged leaves, and so do pings.
+    async fn push_beside(&self, lot: Lot, client: &mut dyn Client, broken: &mut Option<Error>) {
+        let mut push = pin!(self.push(lot));
+        tokio::select! {
+            biased;
+            () = &mut push => {}
+            error = client.attend(), if broken.is_none() => {
+                *broken = Some(error);
+                push.await;
+            }
+        }
+    }
 }
 
 /// Ends the connection when reader and acknowledger are gone. Acknowledgements asked for before leave before it.
@@ -112,7 +143,7 @@ impl Drop for Goodbye {
 }
 
 struct MqttReader {
-    receiver: mpsc::Receiver<Result<Message>>,
+    receiver: mpsc::Receiver<Result<Lot>>,
     room: Arc<Semaphore>,
     resumes: bool,
     session: u32,
@@ -135,11 +166,8 @@ impl PushReader for MqttReader {
             if let Some(error) = self.failed.take() {
                 return Err(error);
             }
-            let mut arrived = Vec::new();
-            if self.receiver.recv_many(&mut arrived, BATCH_ROWS_MAX).await == 0 {
-                return Err(connection_gone());
-            }
-            let records = self.take(arrived);
+            let Some(first) = self.receiver.recv().await else { return Err(connection_gone()) };
+            let records = self.take(first);
             if !records.is_empty() {
                 return Ok(records);
             }
@@ -148,16 +176,22 @@ impl PushReader for MqttReader {
 }
 
 impl MqttReader {
-    fn take(&mut self, arrived: Vec<Result<Message>>) -> Vec<Record> {
-        let mut messages = Vec::with_capacity(arrived.len());
-        for item in arrived {
-            match item {
-                Ok(message) => messages.push(message),
+    /// The records of this lot and of those that have arrived after it.
+    fn take(&mut self, first: Result<Lot>) -> Vec<Record> {
+        let mut messages = Vec::new();
+        let mut next = Some(first);
+        while let Some(arrived) = next.take() {
+            match arrived {
+                Ok(lot) => {
+                    self.room.add_permits(lot.room as usize);
+                    messages.extend(lot.messages);
+                }
                 Err(error) => self.failed = Some(error),
             }
+            if messages.len() < BATCH_ROWS_MAX {
+                next = self.receiver.try_recv().ok();
+            }
         }
-        let bytes: usize = messages.iter().map(|message| room_of(message) as usize).sum();
-        self.room.add_permits(bytes);
         if self.failed.is_some() && self.resumes {
             // They can no longer be acknowledged and come again: taken now, they would be there twice.
             messages.retain(|message| message.id.qos == 0);
@@ -175,10 +209,11 @@ struct MqttAcknowledger {
 impl Acknowledger for MqttAcknowledger {
     /// Hands the acknowledgements to the polling task and does not wait for it: it may wait for the engine.
     async fn acknowledge(&mut self, tokens: &[u64]) -> Result<()> {
-        let ids = tokens.iter().map(|token| PacketId::of_token(*token));
-        for id in ids.filter(|id| id.qos > 0) {
-            self.goodbye.0.send(Request::Acknowledge(id))?;
+        let ids: Vec<PacketId> =
+            tokens.iter().map(|token| PacketId::of_token(*token)).filter(|id| id.qos > 0).collect();
+        if ids.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        self.goodbye.0.send(Request::Acknowledge(ids))
     }
 }

@@ -229,7 +229,9 @@ impl<P: Protocol> Talk<P> {
         let outgoing = match request {
             Request::Subscribe { filters, qos } => Outgoing::Subscribe { number: self.next_number(), filters, qos },
             Request::Unsubscribe { filter } => Outgoing::Unsubscribe { number: self.next_number(), filter },
-            Request::Acknowledge(id) => Outgoing::Acknowledge(id),
+            Request::Acknowledge(ids) => {
+                return ids.into_iter().try_for_each(|id| self.put(output, &P::packet(Outgoing::Acknowledge(id))));
+            }
             Request::Disconnect => {
                 self.leaves = true;
                 Outgoing::Disconnect
