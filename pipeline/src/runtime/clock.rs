@@ -3,6 +3,7 @@
 use arrow::array::{AsArray, Int64Array, RecordBatch};
 use arrow::datatypes::TimestampMicrosecondType;
 use tokio::time::Instant;
+use tracing::warn;
 
 use super::edge::Message;
 use crate::batch::Times;
@@ -10,6 +11,13 @@ use crate::error::{Error, Result};
 use crate::graph::EventTime;
 use crate::state::{StateReader, StateWriter};
 use crate::time::now_us;
+
+/// While the wall clock is behind what was given out, time goes on slower by one part in so many: rates over it are that
+/// much too high, and an hour is caught up in three days.
+const SLEW: i64 = 64;
+
+/// A wall clock that is behind by more is told.
+const SET_BACK_US: i64 = 1_000_000;
 
 /// Event time, lateness and idleness of one source.
 #[derive(Debug)]
@@ -19,6 +27,10 @@ pub(crate) struct SourceClock {
     pub(crate) newest_us: i64,
     /// Newest time of receipt; the wall clock may be set back, this is not.
     ingest_us: i64,
+    /// When the wall clock was last ahead of it, and what it said: while it is not, time goes on from here.
+    anchor: (Instant, i64),
+    /// Whether it was told that the wall clock was set back.
+    told_set_back: bool,
     /// Last watermark given out.
     watermark_us: i64,
     /// The last row or (re)connect: idleness counts from here. Not by the wall clock, which may jump.
@@ -35,6 +47,8 @@ impl SourceClock {
             event_time,
             newest_us: i64::MIN,
             ingest_us: i64::MIN,
+            anchor: (Instant::now(), i64::MIN),
+            told_set_back: false,
             watermark_us: i64::MIN,
             active: Instant::now(),
             connected: false,
@@ -56,13 +70,36 @@ impl SourceClock {
     /// The time of receipt of what arrives now.
     pub(crate) fn stamp(&mut self) -> i64 {
         self.unwanted = false;
-        self.ingest_us = self.ingest_us.max(now_us());
-        self.ingest_us
+        self.receipt(now_us(), Instant::now())
     }
 
     /// What is taken in now was received at `ingest_us`, in an earlier run.
     pub(crate) fn stamped(&mut self, ingest_us: i64) {
-        self.ingest_us = self.ingest_us.max(ingest_us);
+        if ingest_us > self.ingest_us {
+            self.ingest_us = ingest_us;
+            self.anchor = (Instant::now(), ingest_us);
+        }
+    }
+
+    /// The time of receipt at `now`, when the wall clock says `wall_us`. One that was set back neither sets this back nor stops it,
+    /// for windows must go on closing: it goes on a little slower, until the wall clock has caught up.
+    fn receipt(&mut self, wall_us: i64, now: Instant) -> i64 {
+        let (since, at_us) = self.anchor;
+        let elapsed_us = i64::try_from(now.duration_since(since).as_micros()).unwrap_or(i64::MAX);
+        let slewed_us = at_us.saturating_add(elapsed_us - elapsed_us / SLEW).max(self.ingest_us);
+        if wall_us >= slewed_us {
+            self.anchor = (now, wall_us);
+            self.told_set_back = false;
+        } else if slewed_us - wall_us > SET_BACK_US && !self.told_set_back {
+            self.told_set_back = true;
+            let seconds = (slewed_us - wall_us) / 1_000_000;
+            warn!(
+                "the clock of this machine was set back by {seconds} s; times of receipt go on from where they were, slower \
+                 by 1 in {SLEW}, until it has caught up"
+            );
+        }
+        self.ingest_us = wall_us.max(slewed_us);
+        self.ingest_us
     }
 
     /// What arrived was not empty, as an idle poll is.
@@ -116,8 +153,7 @@ impl SourceClock {
             if !nothing_queued {
                 return None;
             }
-            self.ingest_us = self.ingest_us.max(now_us());
-            self.newest_us = self.newest_us.max(self.ingest_us);
+            self.newest_us = self.newest_us.max(self.receipt(now_us(), Instant::now()));
             return self.advanced().map(Message::Watermark);
         };
         let quiet_us = i64::try_from(self.active.elapsed().as_micros()).unwrap_or(i64::MAX);
@@ -140,7 +176,7 @@ impl SourceClock {
 
     pub(crate) fn restore(&mut self, state: &mut StateReader<'_>) -> Result<()> {
         self.newest_us = state.i64()?;
-        self.ingest_us = state.i64()?;
+        self.stamped(state.i64()?);
         self.watermark_us = state.i64()?;
         Ok(())
     }
@@ -229,12 +265,33 @@ mod tests {
     }
 
     #[test]
-    fn a_wall_clock_set_back_does_not_set_the_time_of_receipt_back() {
-        let ahead = now_us() + 3_600_000_000;
-        let mut clock =
-            SourceClock { ingest_us: ahead, newest_us: ahead, watermark_us: ahead, ..SourceClock::new(None) };
-        assert_eq!(clock.stamp(), ahead);
-        assert!(clock.tick(true).is_none());
+    fn a_wall_clock_set_back_neither_sets_the_time_of_receipt_back_nor_stops_it() {
+        const SECOND: i64 = 1_000_000;
+        const HOUR: i64 = 3600 * SECOND;
+        let (start, began) = (now_us(), Instant::now());
+        let after = |seconds: u64| began + std::time::Duration::from_secs(seconds);
+        let mut clock = SourceClock::new(None);
+        assert_eq!(clock.receipt(start, began), start);
+        // Time goes on, slower by one part in 64.
+        for seconds in 1..=640 {
+            let passed = i64::try_from(seconds).expect("a number") * SECOND;
+            let at = clock.receipt(start - HOUR + passed, after(seconds));
+            assert_eq!(at, start + passed - passed / 64, "after {seconds} s");
+        }
+        assert!(clock.told_set_back);
+        // After a restart too.
+        let mut state = StateWriter::default();
+        clock.snapshot(&mut state);
+        let mut restored = SourceClock::new(None);
+        restored.restore(&mut StateReader::new(&state.finish())).expect("a state");
+        let (restarted, from) = restored.anchor;
+        assert_eq!(from, clock.ingest_us);
+        let at = restored.receipt(start - HOUR + 700 * SECOND, restarted + std::time::Duration::from_secs(64));
+        assert_eq!(at, from + 63 * SECOND);
+        // The wall clock has caught up.
+        assert_eq!(clock.receipt(start + HOUR, after(641)), start + HOUR);
+        assert!(!clock.told_set_back);
+        assert_eq!(clock.receipt(start + HOUR + SECOND, after(642)), start + HOUR + SECOND);
     }
 
     #[test]
