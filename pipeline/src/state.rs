@@ -107,6 +107,13 @@ impl StateWriter {
     }
 }
 
+impl From<Vec<u8>> for StateWriter {
+    /// Goes on after these bytes.
+    fn from(bytes: Vec<u8>) -> Self {
+        Self { bytes }
+    }
+}
+
 /// Reads what [`StateWriter`] wrote, in the same order.
 #[derive(Debug)]
 pub struct StateReader<'a> {

@@ -6,17 +6,20 @@ use std::sync::{Arc, Mutex};
 
 use arrow::array::{Array, ArrayRef, AsArray};
 use arrow::datatypes::{DataType, Schema};
-use indexmap::IndexMap;
 use tokio::sync::watch;
 
 use crate::batch::Batch;
+use crate::error::Result;
 use crate::json::encode_rows;
+use crate::state::StateReader;
 use crate::status::{Status, lock};
 use crate::time::now_us;
 
-/// Most keys of one metric whose latest row is kept, about 20 MB at 200 bytes a row. A new key beyond it
-/// takes the place of an old one.
-pub const LATEST_KEYS_MAX: usize = 100_000;
+mod latest;
+
+pub(crate) use latest::Frozen;
+pub use latest::LATEST_KEYS_MAX;
+use latest::LatestRows;
 
 /// How long a `GET` of a metric counts as demand.
 const GET_DEMAND_US: i64 = 60_000_000;
@@ -38,14 +41,6 @@ struct Metric {
     latest: Mutex<LatestRows>,
     subscribers: AtomicU64,
     wanted_until_us: AtomicI64,
-}
-
-#[derive(Debug, Default)]
-struct LatestRows {
-    rows: IndexMap<KeyText, Arc<str>>,
-    evicted: usize,
-    number: u64,
-    updated_us: i64,
 }
 
 /// The text of a row's key columns, in the order of the metric's keys: text as it is, numbers and times as
@@ -80,30 +75,33 @@ impl Live {
     pub fn update(&self, metric: &str, batch: &Batch, number: u64) {
         let Some(metric) = self.metrics.get(metric) else { return };
         // Without keys only the last row counts: encode that one alone.
-        if metric.keys.is_empty() {
-            let last = encode_rows(&batch.rows().slice(batch.len().saturating_sub(1), batch.len().min(1)));
-            let Some(row) = last.iter().next().map(Arc::from) else { return };
-            let mut latest = lock(&metric.latest);
-            latest.rows.insert(KeyText::default(), row);
-            latest.number = number;
-            latest.updated_us = now_us();
-            return;
-        }
-        let json = batch.json();
-        let keys = KeyColumns::new(batch, &metric.keys);
-        let mut latest = lock(&metric.latest);
-        for row in 0..batch.len() {
-            let key = keys.text(row);
-            if latest.rows.len() >= LATEST_KEYS_MAX && !latest.rows.contains_key(&key) {
-                // The place goes round, so that it is an old key's that is taken, not always the newest one's.
-                let at = latest.evicted % latest.rows.len();
-                latest.rows.swap_remove_index(at);
-                latest.evicted = at + 1;
+        let (json, keys) = match metric.keys.is_empty() {
+            true => {
+                let last = batch.rows().slice(batch.len().saturating_sub(1), batch.len().min(1));
+                (&encode_rows(&last), None)
             }
-            latest.rows.insert(key, Arc::from(json.row(row)));
-        }
+            false => (batch.json(), Some(KeyColumns::new(batch, &metric.keys))),
+        };
+        let key = |row| keys.as_ref().map_or_else(KeyText::default, |keys| keys.text(row));
+        let mut latest = lock(&metric.latest);
+        latest.extend(json.iter().enumerate().map(|(row, text)| (key(row), Arc::from(text))));
         latest.number = number;
         latest.updated_us = now_us();
+    }
+
+    /// The latest rows of a metric as they are now, for a checkpoint.
+    pub(crate) fn freeze(&self, metric: &str) -> Option<Frozen> {
+        let metric = self.metrics.get(metric)?;
+        Some(lock(&metric.latest).freeze(&metric.keys))
+    }
+
+    /// Takes over the latest rows that a checkpoint has, unless the metric has other key columns now.
+    pub(crate) fn restore(&self, metric: &str, state: &mut StateReader<'_>) -> Result<()> {
+        let Some(metric) = self.metrics.get(metric) else { return Ok(()) };
+        if let Some(latest) = LatestRows::restore(&metric.keys, state)? {
+            *lock(&metric.latest) = latest;
+        }
+        Ok(())
     }
 
     /// The latest rows of a metric; `None` if there is no such metric.
@@ -114,7 +112,7 @@ impl Live {
     /// The latest rows of a metric whose key `keep` accepts; `None` if there is no such metric.
     pub fn latest_where(&self, metric: &str, keep: impl Fn(&KeyText) -> bool) -> Option<Latest> {
         let latest = lock(&self.metrics.get(metric)?.latest);
-        let kept = latest.rows.iter().filter(|(key, _)| keep(key));
+        let kept = latest.iter().filter(|(key, _)| keep(key));
         let rows = kept.map(|(key, row)| (key.clone(), Arc::clone(row))).collect();
         Some(Latest { rows, number: latest.number, updated_us: latest.updated_us })
     }
@@ -162,7 +160,7 @@ impl Live {
     /// Number of keys of a metric whose latest row is kept; 0 for a metric without key columns.
     pub fn keys_seen(&self, metric: &str) -> usize {
         let keyed = self.metrics.get(metric).filter(|m| !m.keys.is_empty());
-        keyed.map_or(0, |m| lock(&m.latest).rows.len())
+        keyed.map_or(0, |m| lock(&m.latest).len())
     }
 
     /// Changes whenever demand may have changed.

@@ -13,6 +13,8 @@ use super::outbox::Outbox;
 use super::store::{Checkpoint, Store};
 use super::{blocking, is_true};
 use crate::error::{Error, Result, Retry};
+use crate::live::Frozen;
+use crate::state::StateWriter;
 use crate::status::Status;
 
 /// A stop takes at most this long; then the process ends without a last checkpoint.
@@ -41,7 +43,7 @@ pub(crate) struct Commit {
 #[derive(Debug)]
 pub(crate) enum Report {
     /// The node's state at this checkpoint.
-    Prepared(String, u64, Result<Vec<u8>>),
+    Prepared(String, u64, Result<Prepared>),
     /// A sink has published, or could not publish, what this checkpoint names.
     Committed(String, u64, Result<(), String>),
     /// A source has reached its end.
@@ -52,6 +54,31 @@ pub(crate) enum Report {
     Lost(String, Error),
     /// The node's task has panicked, with this message.
     Died(String, String),
+}
+
+/// A node's state at a barrier.
+#[derive(Debug, Default)]
+pub(crate) struct Prepared {
+    /// What the node wrote down while its stream waited.
+    pub(crate) state: Vec<u8>,
+    /// What is written down after that, beside the stream.
+    pub(crate) latest: Option<Frozen>,
+}
+
+impl Prepared {
+    /// All of it.
+    pub(crate) fn finish(self) -> Vec<u8> {
+        let Some(latest) = self.latest else { return self.state };
+        let mut state = StateWriter::from(self.state);
+        latest.write(&mut state);
+        state.finish()
+    }
+}
+
+impl From<Vec<u8>> for Prepared {
+    fn from(state: Vec<u8>) -> Self {
+        Self { state, latest: None }
+    }
 }
 
 /// Why the graph stopped.
@@ -225,7 +252,7 @@ impl Coordinator {
                     let fingerprint = self.nodes.get(&key).copied().unwrap_or_default();
                     match state {
                         Ok(state) => {
-                            checkpoint.nodes.insert(key, (fingerprint, state));
+                            checkpoint.nodes.insert(key, (fingerprint, blocking(|| state.finish())));
                         }
                         Err(mut error) => {
                             // The rows are kept, so the next checkpoint may succeed.
@@ -326,9 +353,9 @@ mod tests {
                             let _ = reports.send(Report::Died("sink/k".to_owned(), "oops".to_owned())).await;
                             continue;
                         }
-                        _ => Ok(vec![7]),
+                        _ => Ok(vec![7].into()),
                     };
-                    let position = Ok(checkpoint.to_le_bytes().to_vec());
+                    let position = Ok(checkpoint.to_le_bytes().to_vec().into());
                     let _ = reports.send(Report::Prepared("source/s".to_owned(), checkpoint, position)).await;
                     let _ = reports.send(Report::Prepared("sink/k".to_owned(), checkpoint, prepared)).await;
                     match does {

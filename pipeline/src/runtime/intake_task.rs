@@ -154,7 +154,8 @@ impl IntakeTask {
         self.clock.snapshot(&mut state);
         state.u64(self.batches);
         state.u64(self.error_batches);
-        let report = |state: StateWriter| Report::Prepared(self.key.clone(), barrier.checkpoint, Ok(state.finish()));
+        let report =
+            |state: StateWriter| Report::Prepared(self.key.clone(), barrier.checkpoint, Ok(state.finish().into()));
         let Some(inbox) = &self.inbox else {
             let _ = self.reports.send(report(state)).await;
             return;
@@ -666,6 +667,7 @@ mod tests {
         assert_eq!(*lock(&told), ["accepted [0, 1]"]);
         assert!(matches!(bench.task.status.state(), NodeState::Healthy));
         let Ok(Report::Prepared(_, 3, Ok(state))) = bench.reports.try_recv() else { panic!("no state") };
+        let state = state.finish();
         assert_eq!(IntakeTask::first_not_covered(&state).expect("a state"), Some(2));
 
         // After a crash what no checkpoint has is taken in again, before anything new and before a drain ends.
@@ -753,6 +755,7 @@ mod tests {
             assert_eq!(waiting(&mut bench.rows), expected, "{delivery:?}");
             assert_eq!(waiting(&mut bench.errors), ["barrier 5", "End"], "{delivery:?}");
             let Ok(Report::Prepared(_, 5, Ok(state))) = bench.reports.try_recv() else { panic!("no state") };
+            let state = state.finish();
             let mut after = self::bench(delivery);
             assert_eq!(after.task.restore(&state).expect("a state"), Some(vec![position]), "{delivery:?}");
             assert_eq!(after.task.clock.newest_us, bench.task.clock.newest_us, "{delivery:?}");

@@ -8,7 +8,7 @@ use arrow::array::{Int64Array, RecordBatch, RecordBatchOptions, new_null_array};
 use arrow::datatypes::SchemaRef;
 use tokio::sync::mpsc;
 
-use super::coordinator::Report;
+use super::coordinator::{Prepared, Report};
 use super::edge::{Barrier, Event, Inputs, Message, Outlet};
 use crate::batch::{Batch, Stage, Times};
 use crate::error::Result;
@@ -265,7 +265,8 @@ impl PipelineTask {
             });
         }
         self.state_bytes = state.len();
-        let _ = self.reports.send(Report::Prepared(self.key.clone(), barrier.checkpoint, Ok(state.finish()))).await;
+        let prepared = Prepared { state: state.finish(), latest: self.live.freeze(&self.name) };
+        let _ = self.reports.send(Report::Prepared(self.key.clone(), barrier.checkpoint, Ok(prepared))).await;
         self.outlet.send(Message::Barrier(barrier)).await;
     }
 
@@ -288,7 +289,8 @@ impl PipelineTask {
                 step.restore(&mut StateReader::new(bytes))?;
             }
         }
-        Ok(())
+        // Checkpoints of earlier versions end here.
+        if state.is_empty() { Ok(()) } else { self.live.restore(&self.name, &mut state) }
     }
 }
 
@@ -396,7 +398,7 @@ mod tests {
             steps: steps.into_iter().map(|step| Box::new(step) as Box<dyn Operator>).collect(),
             outlet: Outlet::default(),
             status: status.node(NodeKind::Pipeline, "p", "pipeline"),
-            live: Arc::new(Live::new(String::new(), status, [])),
+            live: Arc::new(Live::new(String::new(), status, [("p".to_owned(), vec!["n".to_owned()])])),
             reports,
             number: 0,
             watermark_us: MIN,
@@ -583,17 +585,24 @@ mod tests {
         }
         one.barrier(Barrier { checkpoint: 3, last: false }).await;
         let Some(Report::Prepared(_, 3, Ok(state))) = received.recv().await else { panic!("no state") };
+        let state = state.finish();
         let (mut other, _received) = task(&["a", "b"], vec![Step::default()]);
         other.restore(&state).expect("a state");
         assert_eq!((other.number, other.watermark_us, other.forwarded_us), (1, 10, 10));
+        let latest = |task: &PipelineTask| task.live.latest("p").map(|latest| (latest.number, latest.rows));
+        assert_eq!(latest(&other).expect("a metric"), (1, vec![([Box::from("1")].into(), "{\"n\":1}".into())]));
+        // A checkpoint of before they were kept.
+        let latest = Prepared { state: Vec::new(), latest: one.live.freeze("p") };
+        let length = state.len() - latest.finish().len();
+        task(&["a", "b"], vec![Step::default()]).0.restore(&state[..length]).expect("a state");
         for (port, signal) in [(0, Time(15)), (1, rows(&[30], 20)), (0, Time(40))] {
             assert_eq!(after(&mut one, port, &signal), after(&mut other, port, &signal), "{signal:?}");
         }
         let (mut turned, _received) = task(&["b", "new", "a"], vec![Step::default()]);
         turned.restore(&state).expect("a state");
         assert_eq!(turned.ports.iter().map(|port| port.watermark_us).collect::<Vec<_>>(), [20, MIN, 10]);
-        for length in 0..state.len() {
-            assert!(task(&["a", "b"], vec![Step::default()]).0.restore(&state[..length]).is_err(), "cut to {length}");
+        for cut in (0..state.len()).filter(|cut| *cut != length) {
+            assert!(task(&["a", "b"], vec![Step::default()]).0.restore(&state[..cut]).is_err(), "cut to {cut}");
         }
     }
 }

@@ -154,7 +154,7 @@ impl SinkTask {
             }
             self.status.set_state(NodeState::Retrying(error.to_string()));
         }
-        let state = prepared.map(|()| state.finish());
+        let state = prepared.map(|()| state.finish().into());
         let _ = self.reports.send(Report::Prepared(self.key.clone(), barrier.checkpoint, state)).await;
     }
 
