@@ -17,6 +17,7 @@ add redis-server redis-server
 add mariadbd mariadb-server
 add openssl openssl
 add strace strace
+ls /usr/lib/*/faketime/libfaketime.so.1 >/dev/null 2>&1 || need+=(libfaketime)
 ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || need+=(postgresql)
 if [ "${#need[@]}" -gt 0 ]; then
     echo "installing: ${need[*]}"

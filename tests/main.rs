@@ -12,6 +12,7 @@ mod diamond;
 mod doctor;
 mod examples;
 mod failures;
+mod faults;
 mod guarantee;
 mod history;
 mod http;

@@ -9,6 +9,7 @@ mod feeds;
 mod syscalls;
 mod trial;
 mod truth;
+mod watcher;
 
 use std::time::{Duration, Instant};
 
@@ -51,6 +52,7 @@ fn a_program_that_is_killed_at_any_moment_loses_nothing_and_repeats_nothing() {
     let mut process = trial.start();
     trial.wait_until_healthy();
     trial.publish(&mut random);
+    trial.watch(&mut random);
     let start = Instant::now();
     let mut early = 0;
     for _ in 0..kills {

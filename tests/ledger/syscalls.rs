@@ -11,7 +11,7 @@ use tokio::runtime::Builder;
 use super::truth;
 use crate::support::program::{self, BINARY};
 use crate::support::random::number_from_environment;
-use crate::support::{Scratch, free_port};
+use crate::support::{Scratch, can_trace, free_port};
 
 /// Rows of the file; some checkpoints and published files pass while it is read.
 const ROWS: u64 = 300;
@@ -57,12 +57,6 @@ fn scratch() -> Scratch {
     }
     folder.write("rows.jsonl", &rows);
     folder
-}
-
-/// Whether this machine lets a process be traced.
-fn can_trace() -> bool {
-    let traced = Command::new("strace").args(["-f", "-o", "/dev/null", "-e", "trace=none", "true"]).output();
-    traced.is_ok_and(|output| output.status.success())
 }
 
 /// Runs the graph and kills it at the `at`-th such call of any of its threads. Whether it came so far.

@@ -3,12 +3,14 @@
 use std::cell::RefCell;
 use std::fmt::Write;
 use std::process::Command;
+use std::sync::atomic::Ordering::Relaxed;
 
 use serde_json::Value;
 
 use super::copies::Copies;
 use super::feed::{Feed, Publisher, Setting, WINDOW_S};
 use super::truth;
+use super::watcher::{self, Watcher};
 use crate::support::program::{self, BINARY, request};
 use crate::support::proxy::Proxy;
 use crate::support::random::Random;
@@ -45,6 +47,7 @@ pub(super) struct Trial {
     copies: Vec<(&'static str, Copies)>,
     /// What stands between the program and its servers.
     proxies: Vec<Proxy>,
+    watcher: Option<Watcher>,
 }
 
 impl Trial {
@@ -74,7 +77,7 @@ impl Trial {
         let yaml = yaml(port, &publishers, &copies);
         folder.write("pipelines.yaml", &yaml);
         let proxies = proxies.into_inner();
-        Self { folder, port, publishers, copies, proxies }
+        Self { folder, port, publishers, copies, proxies, watcher: None }
     }
 
     /// Starts the program; does not wait for it.
@@ -103,6 +106,11 @@ impl Trial {
             let (_, health) = program::get(self.port, "/health")?;
             (serde_json::from_str::<Value>(&health).ok()?["status"] == "healthy").then_some(())
         });
+    }
+
+    /// Lets a live client follow the metrics.
+    pub(super) fn watch(&mut self, random: &mut Random) {
+        self.watcher = Some(Watcher::start(self.port, random.fork()));
     }
 
     /// Lets the publishers publish.
@@ -146,6 +154,30 @@ impl Trial {
                 self.wait_for_rows(&format!("{name} in {sink}"), expected, || copies.counts(name).len() as u64);
             }
         }
+        self.settle_watcher();
+    }
+
+    /// Waits until the live client shows what the program says is the latest, and that is the newest in history.
+    fn settle_watcher(&self) {
+        let Some(watcher) = &self.watcher else { return };
+        for publisher in &self.publishers {
+            for metric in ["raw", "windows"].map(|kind| format!("{}_{kind}", publisher.name)) {
+                wait_for(&format!("the live client to agree on {metric}"), || {
+                    let (_, latest) = program::get(self.port, &format!("/api/v1/metrics/{metric}"))?;
+                    let latest: Value = serde_json::from_str(&latest).expect("JSON");
+                    (watcher.view().metrics.get(&metric)? == &watcher::keyed(&latest["data"])).then_some(())
+                });
+            }
+            let metric = format!("{}_windows", publisher.name);
+            let columns = "s, k, n, total, window_start";
+            let rows = self.query(&format!("SELECT {columns} FROM versions.{metric} ORDER BY window_start"));
+            let view = watcher.view();
+            for (key, newest) in watcher::keyed(&rows) {
+                let shown = view.metrics[&metric].get(&key).unwrap_or(&Value::Null);
+                let differs = columns.split(", ").any(|column| shown[column] != newest[column]);
+                assert!(!differs, "{metric}: the live client shows {shown}, the newest in history is {newest}");
+            }
+        }
     }
 
     fn wait_for_rows(&self, what: &str, expected: u64, count: impl Fn() -> u64) {
@@ -163,10 +195,15 @@ impl Trial {
     /// Different numbers of a source in a table, with those that are not published yet.
     fn distinct(&self, table: &str, feed: &str) -> u64 {
         let sql = format!("SELECT count(DISTINCT n) AS n FROM versions.{table} WHERE s = '{feed}'");
+        self.query(&sql)[0]["n"].as_u64().expect("a number")
+    }
+
+    /// The rows of a query to the program.
+    fn query(&self, sql: &str) -> Value {
         let body = serde_json::json!({"sql": sql}).to_string();
         let (status, text) = request(self.port, "POST", "/api/v1/query", &body).expect("an answer to a query");
         assert_eq!(status, 200, "{sql}: {text}");
-        serde_json::from_str::<Value>(&text).expect("JSON")[0]["n"].as_u64().expect("a number")
+        serde_json::from_str(&text).expect("JSON")
     }
 
     /// Asks the program to stop, and closes all windows.
@@ -181,6 +218,12 @@ impl Trial {
     pub(super) fn wrong(&self) -> Vec<String> {
         let folder = self.folder.path();
         let mut wrong = truth::wrong_files(folder);
+        if let Some(watcher) = &self.watcher {
+            let counts = &watcher.counts;
+            eprintln!("the live client: {counts:?}");
+            assert!(counts.epochs.load(Relaxed) > 1 && counts.resumed.load(Relaxed) > 0, "{counts:?}");
+            wrong.extend(watcher.view().wrong.iter().map(|what| format!("the live client: {what}")));
+        }
         for publisher in &self.publishers {
             let (name, ledger) = (publisher.name, publisher.ledger());
             let raw = truth::counts(folder, &format!("{name}_raw"), name);
@@ -224,7 +267,7 @@ fn yaml(port: u16, publishers: &[Publisher], copies: &[(&str, Copies)]) -> Strin
     writeln!(yaml, "  united: {{from: [{all}], to: history}}").expect("text");
     writeln!(yaml, "  united_windows: {{from: [{all}], {window}, to: history}}").expect("text");
     yaml.push_str("sinks:\n  history: {type: parquet, path: history, roll: 500ms}\n");
-    yaml.push_str("  events: {type: sse, path: /events, queue: 100000}\n");
+    write!(yaml, "  events:\n{}", indented(watcher::SINK)).expect("text");
     for (name, copies) in copies {
         write!(yaml, "  {name}:\n{}", indented(&copies.yaml())).expect("text");
     }

@@ -36,13 +36,18 @@ impl Program {
 
     /// As [`Self::start_in`], with options of `run`.
     pub fn start_with(scratch: Scratch, port: u16, yaml: &str, options: &[&str]) -> Self {
+        Self::start_by(scratch, port, yaml, Command::new(BINARY).arg("run").args(options))
+    }
+
+    /// As [`Self::start_in`], by a command of the caller's that becomes the program.
+    pub fn start_by(scratch: Scratch, port: u16, yaml: &str, command: &mut Command) -> Self {
         let yaml = if yaml.contains("server:") {
             yaml.to_owned()
         } else {
             format!("server: {{listen: 127.0.0.1:PORT}}\n{yaml}")
         };
         scratch.write("pipelines.yaml", &yaml.replace("PORT", &port.to_string()));
-        Self::launch(scratch, port, Command::new(BINARY).arg("run").args(options))
+        Self::launch(scratch, port, command)
     }
 
     /// Starts the binary on `examples/NAME` as it is, but in a folder and on a port of its own.
