@@ -140,12 +140,15 @@ fn queries(seconds: i64) -> Vec<(&'static str, String, String)> {
             "SELECT device_id, avg(avg_delay_ms) AS a, sum(rps) AS s FROM load GROUP BY device_id ORDER BY device_id"
                 .to_owned(),
         ),
-        (
-            "newest_row_per_key",
+        same(
+            "newest_value_per_key",
+            "SELECT device_id, arg_max(avg_delay_ms, event_time) AS a FROM load GROUP BY device_id ORDER BY device_id"
+                .to_owned(),
+        ),
+        same(
+            "newest_value_per_key_by_last_value",
             "SELECT device_id, last_value(avg_delay_ms ORDER BY event_time) AS a FROM load GROUP BY device_id \
              ORDER BY device_id"
-                .to_owned(),
-            "SELECT device_id, arg_max(avg_delay_ms, event_time) AS a FROM load GROUP BY device_id ORDER BY device_id"
                 .to_owned(),
         ),
         (

@@ -12,7 +12,11 @@
 //! A table has the pipeline's columns, then `event_time` and `ingest_time` unless the pipeline has columns of
 //! these names, then `dt` (date) and `hh` (int): the UTC day and hour of publishing, which rule out whole
 //! folders. A row that is not published yet counts as published now.
+//!
+//! SQL is DataFusion's, with `arg_max(value, order)` and `arg_min` (also `max_by`, `min_by`): `arg_max(avg_ms, event_time)`
+//! grouped by `device_id` is the latest value of every device.
 
+mod arg_max;
 pub mod files;
 pub mod http;
 pub mod output;

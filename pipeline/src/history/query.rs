@@ -20,6 +20,7 @@ use datafusion::sql::parser::Statement as DfStatement;
 use datafusion::sql::sqlparser::ast::{Expr as SqlExpr, Query, SetExpr, Statement as SqlStatement, Visit, Visitor};
 use futures::StreamExt;
 
+use super::arg_max;
 use super::store::FilesStore;
 use super::table::QueriedTable;
 use super::{Limits, QueryError, QueryErrorKind, QueryResult, Table};
@@ -93,6 +94,7 @@ impl<'a> Attempt<'a> {
         let files = FilesStore::new(tables.iter().map(|table| table.folder.as_path()));
         runtime.register_object_store(ObjectStoreUrl::local_filesystem().as_ref(), Arc::new(files));
         let context = SessionContext::new_with_config_rt(config, runtime);
+        arg_max::functions().into_iter().for_each(|function| context.register_udaf(function));
         let queried: Vec<_> = tables.iter().map(|table| Arc::new(QueriedTable::new(table))).collect();
         context.register_catalog(CATALOG, catalog(tables, &queried).map_err(|e| describe(&e, limits))?);
         Ok(Self { tables, context, queried })

@@ -1,0 +1,326 @@
+//! `arg_max(value, order)` and `arg_min`: the value of the row with the greatest or least `order`, such as the latest value
+//! of every device. DataFusion's `last_value(value ORDER BY order)` says the same and takes twice as long.
+
+use std::mem::size_of_val;
+use std::sync::Arc;
+
+use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Int64Array, new_empty_array};
+use arrow::compute::kernels::nullif::nullif;
+use arrow::compute::{cast, not, prep_null_mask_filter};
+use arrow::datatypes::{DataType, Field, FieldRef, Float64Type, Int64Type, UInt64Type};
+use datafusion::common::{Result, ScalarValue, exec_err, plan_err};
+use datafusion::logical_expr::function::{AccumulatorArgs, StateFieldsArgs};
+use datafusion::logical_expr::utils::format_state_name;
+use datafusion::logical_expr::{
+    Accumulator, AggregateUDF, AggregateUDFImpl, EmitTo, GroupsAccumulator, Signature, Volatility,
+};
+
+/// Both functions. `max_by` and `min_by` are other engines' names for them.
+pub(super) fn functions() -> [AggregateUDF; 2] {
+    [("arg_max", ["max_by"], true), ("arg_min", ["min_by"], false)].map(|(name, aliases, greatest)| {
+        let signature = Signature::user_defined(Volatility::Immutable);
+        AggregateUDF::from(Extreme { name, greatest, signature }).with_aliases(aliases)
+    })
+}
+
+/// The value beside the greatest or the least order. Rows in which either is null do not count; of equal ones the first
+/// that was met does.
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct Extreme {
+    name: &'static str,
+    greatest: bool,
+    signature: Signature,
+}
+
+impl AggregateUDFImpl for Extreme {
+    fn name(&self) -> &str {
+        self.name
+    }
+
+    fn signature(&self) -> &Signature {
+        &self.signature
+    }
+
+    fn coerce_types(&self, types: &[DataType]) -> Result<Vec<DataType>> {
+        let [value, order] = types else {
+            return plan_err!("{}(value, order) takes two arguments, not {}", self.name, types.len());
+        };
+        let order = match order {
+            DataType::Timestamp(..) | DataType::Date32 => order.clone(),
+            signed if signed.is_signed_integer() => DataType::Int64,
+            unsigned if unsigned.is_unsigned_integer() => DataType::UInt64,
+            number if number.is_numeric() => DataType::Float64,
+            DataType::Null => DataType::Int64,
+            other => return plan_err!("{} orders by a number or a time, not by {other}", self.name),
+        };
+        Ok(vec![value.clone(), order])
+    }
+
+    fn return_type(&self, types: &[DataType]) -> Result<DataType> {
+        Ok(types[0].clone())
+    }
+
+    fn state_fields(&self, args: StateFieldsArgs<'_>) -> Result<Vec<FieldRef>> {
+        let field = |part: &str, kind| Arc::new(Field::new(format_state_name(args.name, part), kind, true));
+        Ok(vec![field("value", args.return_type().clone()), field("key", DataType::Int64)])
+    }
+
+    fn accumulator(&self, args: AccumulatorArgs<'_>) -> Result<Box<dyn Accumulator>> {
+        Ok(Box::new(One(self.groups(args.return_type()))))
+    }
+
+    fn groups_accumulator_supported(&self, _args: AccumulatorArgs<'_>) -> bool {
+        true
+    }
+
+    fn create_groups_accumulator(&self, args: AccumulatorArgs<'_>) -> Result<Box<dyn GroupsAccumulator>> {
+        Ok(Box::new(self.groups(args.return_type())))
+    }
+}
+
+impl Extreme {
+    fn groups(&self, kind: &DataType) -> Groups {
+        let kind = kind.clone();
+        Groups {
+            kind,
+            greatest: self.greatest,
+            keys: Vec::new(),
+            values: Vec::new(),
+            bytes: 0,
+            winners: Vec::new(),
+            met: Vec::new(),
+        }
+    }
+}
+
+/// What each group has so far.
+#[derive(Debug)]
+struct Groups {
+    kind: DataType,
+    greatest: bool,
+    /// The greatest key of each group; see [`keys`].
+    keys: Vec<Option<i64>>,
+    values: Vec<ScalarValue>,
+    /// What the values take.
+    bytes: usize,
+    /// Within one batch: the row that each group takes over, and the groups that have one.
+    winners: Vec<Option<usize>>,
+    met: Vec<usize>,
+}
+
+/// No row yet.
+const NONE: Option<usize> = None;
+
+impl Groups {
+    fn take(
+        &mut self,
+        value: &ArrayRef,
+        keys: &Int64Array,
+        groups: &[usize],
+        filter: Option<&BooleanArray>,
+        total: usize,
+    ) -> Result<()> {
+        self.keys.resize(total, None);
+        self.winners.resize(total, NONE);
+        let none = ScalarValue::try_from(&self.kind)?;
+        self.bytes += none.size() * (total - self.values.len());
+        self.values.resize(total, none);
+        let counts =
+            |row| keys.is_valid(row) && value.is_valid(row) && filter.is_none_or(|f| f.is_valid(row) && f.value(row));
+        let all = keys.null_count() == 0 && value.logical_null_count() == 0 && filter.is_none();
+        for (row, &group) in groups.iter().enumerate() {
+            let key = Some(keys.values()[row]);
+            if key > self.keys[group] && (all || counts(row)) {
+                self.keys[group] = key;
+                if self.winners[group].replace(row).is_none() {
+                    self.met.push(group);
+                }
+            }
+        }
+        for group in self.met.drain(..) {
+            if let Some(row) = self.winners[group].take() {
+                let value = ScalarValue::try_from_array(value, row)?;
+                self.bytes += value.size();
+                self.bytes -= std::mem::replace(&mut self.values[group], value).size();
+            }
+        }
+        Ok(())
+    }
+
+    fn emit(&mut self, emit_to: EmitTo) -> Result<(ArrayRef, Vec<Option<i64>>)> {
+        emit_to.take_needed(&mut self.winners);
+        let values = emit_to.take_needed(&mut self.values);
+        self.bytes -= values.iter().map(ScalarValue::size).sum::<usize>();
+        let values = if values.is_empty() { new_empty_array(&self.kind) } else { ScalarValue::iter_to_array(values)? };
+        Ok((values, emit_to.take_needed(&mut self.keys)))
+    }
+}
+
+impl GroupsAccumulator for Groups {
+    fn update_batch(
+        &mut self,
+        values: &[ArrayRef],
+        groups: &[usize],
+        filter: Option<&BooleanArray>,
+        total: usize,
+    ) -> Result<()> {
+        let keys = keys(&values[1], self.greatest)?;
+        self.take(&values[0], &keys, groups, filter, total)
+    }
+
+    fn merge_batch(&mut self, values: &[ArrayRef], groups: &[usize], total: usize) -> Result<()> {
+        self.take(&values[0], values[1].as_primitive::<Int64Type>(), groups, None, total)
+    }
+
+    fn convert_to_state(&self, values: &[ArrayRef], filter: Option<&BooleanArray>) -> Result<Vec<ArrayRef>> {
+        let keys: ArrayRef = Arc::new(keys(&values[1], self.greatest)?);
+        let keys = match filter {
+            Some(filter) => nullif(&keys, &not(&prep_null_mask_filter(filter))?)?,
+            None => keys,
+        };
+        Ok(vec![Arc::clone(&values[0]), keys])
+    }
+
+    fn evaluate(&mut self, emit_to: EmitTo) -> Result<ArrayRef> {
+        Ok(self.emit(emit_to)?.0)
+    }
+
+    fn state(&mut self, emit_to: EmitTo) -> Result<Vec<ArrayRef>> {
+        let (values, keys) = self.emit(emit_to)?;
+        Ok(vec![values, Arc::new(Int64Array::from(keys))])
+    }
+
+    fn size(&self) -> usize {
+        self.bytes + size_of_val(&*self.keys) + size_of_val(&*self.winners)
+    }
+}
+
+/// Without groups: one for all.
+#[derive(Debug)]
+struct One(Groups);
+
+impl Accumulator for One {
+    fn update_batch(&mut self, values: &[ArrayRef]) -> Result<()> {
+        self.0.update_batch(values, &vec![0; values[0].len()], None, 1)
+    }
+
+    fn merge_batch(&mut self, states: &[ArrayRef]) -> Result<()> {
+        self.0.merge_batch(states, &vec![0; states[0].len()], 1)
+    }
+
+    fn evaluate(&mut self) -> Result<ScalarValue> {
+        self.0.values.first().map_or_else(|| ScalarValue::try_from(&self.0.kind), |value| Ok(value.clone()))
+    }
+
+    fn state(&mut self) -> Result<Vec<ScalarValue>> {
+        let key = self.0.keys.first().copied().flatten();
+        Ok(vec![self.evaluate()?, ScalarValue::Int64(key)])
+    }
+
+    fn size(&self) -> usize {
+        self.0.size()
+    }
+}
+
+/// Numbers that stand in the order of `order`, or in the opposite one.
+fn keys(order: &ArrayRef, greatest: bool) -> Result<Int64Array> {
+    let keys = match order.data_type() {
+        DataType::Int64 => order.as_primitive::<Int64Type>().clone(),
+        DataType::Timestamp(..) => cast(order, &DataType::Int64)?.as_primitive::<Int64Type>().clone(),
+        DataType::Date32 => {
+            cast(&cast(order, &DataType::Int32)?, &DataType::Int64)?.as_primitive::<Int64Type>().clone()
+        }
+        DataType::UInt64 => order.as_primitive::<UInt64Type>().unary(|value| (value ^ 1 << 63) as i64),
+        DataType::Float64 => order.as_primitive::<Float64Type>().unary(|value: f64| {
+            // As `f64::total_cmp` orders them.
+            let bits = value.to_bits() as i64;
+            bits ^ (((bits >> 63) as u64) >> 1) as i64
+        }),
+        other => return exec_err!("an order of {other}"),
+    };
+    Ok(if greatest { keys } else { keys.unary(|key| !key) })
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow::array::{Float64Array, RecordBatch, StringArray};
+    use arrow::datatypes::Schema;
+    use datafusion::datasource::MemTable;
+    use datafusion::execution::context::{SessionConfig, SessionContext};
+
+    use super::*;
+
+    /// Rows in several batches and partitions, with nulls among values and orders, and orders of both signs.
+    fn table() -> MemTable {
+        let schema = Arc::new(Schema::new(vec![
+            Field::new("device", DataType::Utf8, true),
+            Field::new("value", DataType::Float64, true),
+            Field::new("at", DataType::Int64, true),
+        ]));
+        let batch = |first: i64| {
+            let rows = first..first + 100;
+            // Spread as if by chance; each is there once, so that there is one right answer.
+            let at = |n: i64| (n * 7919 % 1000) - 500;
+            let columns: Vec<ArrayRef> = vec![
+                Arc::new(StringArray::from_iter_values(rows.clone().map(|n| format!("d{}", n % 13)))),
+                Arc::new(rows.clone().map(|n| (n % 11 > 0).then_some(n as f64)).collect::<Float64Array>()),
+                Arc::new(rows.map(|n| (n % 17 > 0).then(|| at(n))).collect::<Int64Array>()),
+            ];
+            RecordBatch::try_new(Arc::clone(&schema), columns).expect("rows")
+        };
+        let partitions = (0..2).map(|part| (0..5).map(|n| batch(part * 500 + n * 100)).collect()).collect();
+        MemTable::try_new(Arc::clone(&schema), partitions).expect("a table")
+    }
+
+    async fn csv(context: &SessionContext, sql: &str) -> Result<String, String> {
+        let frame = context.sql(sql).await.map_err(|e| e.to_string())?;
+        let batches = frame.collect().await.map_err(|e| e.to_string())?;
+        Ok(arrow::util::pretty::pretty_format_batches(&batches).map_err(|e| e.to_string())?.to_string())
+    }
+
+    #[tokio::test]
+    async fn the_value_beside_the_greatest_and_the_least_order_of_every_type() {
+        let context =
+            SessionContext::new_with_config(SessionConfig::new().with_target_partitions(2).with_batch_size(64));
+        functions().into_iter().for_each(|function| context.register_udaf(function));
+        context.register_table("t", Arc::new(table())).expect("registered");
+        for order in [
+            "at",
+            "CAST(at AS int)",
+            "CAST(at + 500 AS bigint unsigned)",
+            "CAST(at AS double) / 3",
+            "CAST(at AS decimal(10, 2))",
+            "to_timestamp_micros(at)",
+            "CAST(CAST(at AS int) AS date)",
+        ] {
+            for (function, last) in [("arg_max", "DESC"), ("arg_min", "ASC"), ("max_by", "DESC"), ("min_by", "ASC")] {
+                for (grouped, key) in [("GROUP BY device ", "device, "), ("", "")] {
+                    let found = format!("SELECT {key}{function}(value, {order}) AS v FROM t {grouped}ORDER BY 1");
+                    let expected = format!(
+                        "SELECT {key}first_value(value ORDER BY {order} {last}) AS v FROM t \
+                         WHERE value IS NOT NULL AND at IS NOT NULL {grouped}ORDER BY 1"
+                    );
+                    assert_eq!(csv(&context, &found).await, csv(&context, &expected).await, "{found}");
+                }
+            }
+        }
+        for (sql, expected) in [
+            (
+                "SELECT arg_max(device, at) FILTER (WHERE at < 0) AS v FROM t",
+                "first_value(device ORDER BY at DESC) FILTER (WHERE at < 0)",
+            ),
+            ("SELECT arg_max(value, at) AS v FROM t WHERE at > 1000", "CAST(NULL AS double)"),
+            ("SELECT arg_max(value, NULL) AS v FROM t", "CAST(NULL AS double)"),
+        ] {
+            let expected = format!("SELECT {expected} AS v FROM t WHERE at IS NOT NULL LIMIT 1");
+            assert_eq!(csv(&context, sql).await, csv(&context, &expected).await, "{sql}");
+        }
+        for (sql, part) in [
+            ("SELECT arg_max(value) FROM t", "takes two arguments"),
+            ("SELECT arg_max(value, device) FROM t", "orders by a number or a time, not by Utf8"),
+        ] {
+            let error = csv(&context, sql).await.expect_err(sql);
+            assert!(error.contains(part), "{error}");
+        }
+    }
+}
