@@ -21,7 +21,7 @@ fn a_small_day_is_merged_and_every_query_answers() {
     assert_eq!((before, after), (10, 1));
     let answer = |name: &str| figures.iter().find(|figure| figure.name == name).expect(name).answer.as_str();
     assert_eq!(answer("count"), "c,newest\n600000,2026-11-20T00:09:59.999999Z\n");
-    for name in ["average_by_key_of_an_hour", "average_by_key_of_the_day", "newest_row_per_key"] {
+    for name in ["average_by_key_of_an_hour", "average_by_key_of_the_day", "newest_value_per_key"] {
         assert_eq!(answer(name).lines().count(), 1 + 1000, "{name}");
     }
     assert_ne!(answer("average_by_key_of_an_hour"), answer("average_by_key_of_the_day"));

@@ -4,9 +4,9 @@
 use std::mem::size_of_val;
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Int64Array, new_empty_array};
+use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Int64Array, UInt64Array, new_null_array};
 use arrow::compute::kernels::nullif::nullif;
-use arrow::compute::{cast, not, prep_null_mask_filter};
+use arrow::compute::{cast, interleave, not, prep_null_mask_filter, take};
 use arrow::datatypes::{DataType, Field, FieldRef, Float64Type, Int64Type, UInt64Type};
 use datafusion::common::{Result, ScalarValue, exec_err, plan_err};
 use datafusion::logical_expr::function::{AccumulatorArgs, StateFieldsArgs};
@@ -80,79 +80,90 @@ impl AggregateUDFImpl for Extreme {
 
 impl Extreme {
     fn groups(&self, kind: &DataType) -> Groups {
-        let kind = kind.clone();
-        Groups {
-            kind,
-            greatest: self.greatest,
-            keys: Vec::new(),
-            values: Vec::new(),
-            bytes: 0,
-            winners: Vec::new(),
-            met: Vec::new(),
-        }
+        let held = vec![new_null_array(kind, 1)];
+        Groups { greatest: self.greatest, keys: Vec::new(), places: Vec::new(), held, held_bytes: 0, met: Vec::new() }
     }
 }
 
 /// What each group has so far.
 #[derive(Debug)]
 struct Groups {
-    kind: DataType,
     greatest: bool,
     /// The greatest key of each group; see [`keys`].
-    keys: Vec<Option<i64>>,
-    values: Vec<ScalarValue>,
-    /// What the values take.
-    bytes: usize,
-    /// Within one batch: the row that each group takes over, and the groups that have one.
-    winners: Vec<Option<usize>>,
+    keys: Vec<i64>,
+    /// Where the value beside it is: which of `held`, and which row.
+    places: Vec<(usize, usize)>,
+    /// A null, and arrays of values.
+    held: Vec<ArrayRef>,
+    held_bytes: usize,
+    /// Within one batch: the groups that take a value over.
     met: Vec<usize>,
 }
 
-/// No row yet.
-const NONE: Option<usize> = None;
+/// The place of a group that has no row yet.
+const NOWHERE: (usize, usize) = (0, 0);
+
+/// Arrays of values that are held before the values that still count are copied together.
+const HELD_MAX: usize = 32;
 
 impl Groups {
     fn take(
         &mut self,
-        value: &ArrayRef,
+        values: &ArrayRef,
         keys: &Int64Array,
         groups: &[usize],
         filter: Option<&BooleanArray>,
         total: usize,
     ) -> Result<()> {
-        self.keys.resize(total, None);
-        self.winners.resize(total, NONE);
-        let none = ScalarValue::try_from(&self.kind)?;
-        self.bytes += none.size() * (total - self.values.len());
-        self.values.resize(total, none);
+        self.keys.resize(total, i64::MIN);
+        self.places.resize(total, NOWHERE);
         let counts =
-            |row| keys.is_valid(row) && value.is_valid(row) && filter.is_none_or(|f| f.is_valid(row) && f.value(row));
-        let all = keys.null_count() == 0 && value.logical_null_count() == 0 && filter.is_none();
-        for (row, &group) in groups.iter().enumerate() {
-            let key = Some(keys.values()[row]);
-            if key > self.keys[group] && (all || counts(row)) {
+            |row| keys.is_valid(row) && values.is_valid(row) && filter.is_none_or(|f| f.is_valid(row) && f.value(row));
+        let all = keys.null_count() == 0 && values.logical_null_count() == 0 && filter.is_none();
+        let here = self.held.len();
+        for (row, (&group, &key)) in groups.iter().zip(keys.values()).enumerate() {
+            let place = &mut self.places[group];
+            if (key > self.keys[group] || *place == NOWHERE) && (all || counts(row)) {
                 self.keys[group] = key;
-                if self.winners[group].replace(row).is_none() {
+                if place.0 != here {
                     self.met.push(group);
                 }
+                *place = (here, row);
             }
         }
-        for group in self.met.drain(..) {
-            if let Some(row) = self.winners[group].take() {
-                let value = ScalarValue::try_from_array(value, row)?;
-                self.bytes += value.size();
-                self.bytes -= std::mem::replace(&mut self.values[group], value).size();
-            }
+        if !self.met.is_empty() {
+            // The few values alone: to hold the whole array would keep its memory from the next one.
+            let rows = self.met.iter().map(|&group| self.places[group].1 as u64);
+            let kept = take(values, &UInt64Array::from_iter_values(rows), None)?;
+            self.met.drain(..).enumerate().for_each(|(row, group)| self.places[group].1 = row);
+            self.held_bytes += kept.get_array_memory_size();
+            self.held.push(kept);
         }
+        if self.held.len() > HELD_MAX { self.copy_together() } else { Ok(()) }
+    }
+
+    fn values(&self, places: &[(usize, usize)]) -> Result<ArrayRef> {
+        let held: Vec<&dyn Array> = self.held.iter().map(|values| values.as_ref()).collect();
+        Ok(interleave(&held, places)?)
+    }
+
+    /// Lets the rows go that no group needs any more.
+    fn copy_together(&mut self) -> Result<()> {
+        let values = self.values(&self.places)?;
+        for (row, place) in self.places.iter_mut().enumerate().filter(|(_, place)| **place != NOWHERE) {
+            *place = (1, row);
+        }
+        self.held.truncate(1);
+        self.held_bytes = values.get_array_memory_size();
+        self.held.push(values);
         Ok(())
     }
 
-    fn emit(&mut self, emit_to: EmitTo) -> Result<(ArrayRef, Vec<Option<i64>>)> {
-        emit_to.take_needed(&mut self.winners);
-        let values = emit_to.take_needed(&mut self.values);
-        self.bytes -= values.iter().map(ScalarValue::size).sum::<usize>();
-        let values = if values.is_empty() { new_empty_array(&self.kind) } else { ScalarValue::iter_to_array(values)? };
-        Ok((values, emit_to.take_needed(&mut self.keys)))
+    fn emit(&mut self, emit_to: EmitTo) -> Result<(ArrayRef, Int64Array)> {
+        let places = emit_to.take_needed(&mut self.places);
+        let keys = emit_to.take_needed(&mut self.keys);
+        let known = places.iter().zip(keys).map(|(place, key)| (*place != NOWHERE).then_some(key));
+        Ok((self.values(&places)?, known.collect()))
     }
 }
 
@@ -187,11 +198,11 @@ impl GroupsAccumulator for Groups {
 
     fn state(&mut self, emit_to: EmitTo) -> Result<Vec<ArrayRef>> {
         let (values, keys) = self.emit(emit_to)?;
-        Ok(vec![values, Arc::new(Int64Array::from(keys))])
+        Ok(vec![values, Arc::new(keys)])
     }
 
     fn size(&self) -> usize {
-        self.bytes + size_of_val(&*self.keys) + size_of_val(&*self.winners)
+        self.held_bytes + size_of_val(&*self.keys) + size_of_val(&*self.places)
     }
 }
 
@@ -209,11 +220,13 @@ impl Accumulator for One {
     }
 
     fn evaluate(&mut self) -> Result<ScalarValue> {
-        self.0.values.first().map_or_else(|| ScalarValue::try_from(&self.0.kind), |value| Ok(value.clone()))
+        let place = self.0.places.first().copied().unwrap_or(NOWHERE);
+        ScalarValue::try_from_array(&self.0.held[place.0], place.1)
     }
 
     fn state(&mut self) -> Result<Vec<ScalarValue>> {
-        let key = self.0.keys.first().copied().flatten();
+        let place = self.0.places.first().filter(|place| **place != NOWHERE);
+        let key = place.and_then(|_| self.0.keys.first().copied());
         Ok(vec![self.evaluate()?, ScalarValue::Int64(key)])
     }
 

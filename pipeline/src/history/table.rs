@@ -13,8 +13,8 @@ use datafusion::common::{
 };
 use datafusion::datasource::listing::PartitionedFile;
 use datafusion::datasource::memory::{DataSourceExec, MemorySourceConfig};
-use datafusion::datasource::physical_plan::parquet::CachedParquetFileReaderFactory;
 use datafusion::datasource::physical_plan::parquet::metadata::DFParquetMetadata;
+use datafusion::datasource::physical_plan::parquet::{CachedParquetFileReaderFactory, ParquetAccessPlan};
 use datafusion::datasource::physical_plan::{FileGroup, FileScanConfigBuilder, ParquetSource};
 use datafusion::datasource::table_schema::TableSchema;
 use datafusion::execution::cache::cache_manager::FileMetadataCache;
@@ -34,10 +34,7 @@ use crate::time::now_us;
 
 /// Most files whose footers are read before a query is planned. More are small ones that are not merged yet, and their
 /// footers would be read for nothing.
-const STATISTICS_FILES_MAX: usize = 512;
-
-/// Size of the pieces in which files are dealt out to threads: one or two groups of rows of a merged file.
-const PIECE_BYTES: u64 = 2 << 20;
+const FOOTERS_MAX: usize = 512;
 
 /// Footers that are read at one time.
 const FOOTERS_AT_ONCE: usize = 8;
@@ -116,9 +113,9 @@ impl QueriedTable {
         let files = files.into_iter().map(|file| self.partitioned(file)).collect::<Result<Vec<_>>>()?;
         let store = state.runtime_env().object_store(ObjectStoreUrl::local_filesystem())?;
         let cache = state.runtime_env().cache_manager.get_file_metadata_cache();
-        let files = self.with_statistics(files, &store, &cache).await;
+        let files = self.with_footers(files, &store, &cache).await;
         let schema = self.schema.table_schema();
-        let told: Option<Vec<&Statistics>> = files.iter().map(|file| file.statistics.as_deref()).collect();
+        let told: Option<Vec<&Statistics>> = files.iter().map(|(file, _)| file.statistics.as_deref()).collect();
         let statistics = match told {
             Some(told) => Statistics::try_merge_iter(told, schema)?,
             None => Statistics::new_unknown(schema),
@@ -126,8 +123,8 @@ impl QueriedTable {
         let predicate = physical_filter(state, filters, schema)?;
         let threads = state.config().target_partitions();
         let groups = match predicate {
-            Some(_) => dealt_out(&files, threads),
-            None => FileGroup::new(files).split_files(threads),
+            Some(_) => dealt_out(files, threads),
+            None => FileGroup::new(files.into_iter().map(|(file, _)| file).collect()).split_files(threads),
         };
         let options = state.default_table_options().parquet;
         let reader = Arc::new(CachedParquetFileReaderFactory::new(store, cache));
@@ -146,24 +143,27 @@ impl QueriedTable {
         Ok(Some(DataSourceExec::from_data_source(config)))
     }
 
-    /// With what the footers tell of rows and values, if the files are few: then whole files are ruled out before they
-    /// are opened, and a count is known without reading a row.
-    async fn with_statistics(
+    /// With what the footers tell, if the files are few: of rows and values, so that whole files are ruled out before they
+    /// are opened, and a count is known without reading a row; and the number of row groups.
+    async fn with_footers(
         &self,
         files: Vec<PartitionedFile>,
         store: &Arc<dyn ObjectStore>,
         cache: &Arc<FileMetadataCache>,
-    ) -> Vec<PartitionedFile> {
-        if files.len() > STATISTICS_FILES_MAX {
-            return files;
+    ) -> Vec<(PartitionedFile, Option<usize>)> {
+        if files.len() > FOOTERS_MAX {
+            return files.into_iter().map(|file| (file, None)).collect();
         }
         let told = files.into_iter().map(async |file| {
             let footer = DFParquetMetadata::new(store.as_ref(), &file.object_meta);
             let footer = footer.with_file_metadata_cache(Some(Arc::clone(cache)));
-            match footer.fetch_statistics(self.schema.file_schema()).await {
-                Ok(statistics) => file.with_statistics(Arc::new(reliable(statistics, self.schema.file_schema()))),
+            let schema = self.schema.file_schema();
+            match (footer.fetch_statistics(schema).await, footer.fetch_metadata().await) {
+                (Ok(statistics), Ok(metadata)) => {
+                    (file.with_statistics(Arc::new(reliable(statistics, schema))), Some(metadata.num_row_groups()))
+                }
                 // Whoever reads it will say what is wrong with it.
-                Err(_) => file,
+                _ => (file, None),
             }
         });
         futures::stream::iter(told).buffered(FOOTERS_AT_ONCE).collect().await
@@ -231,20 +231,27 @@ impl TableProvider for QueriedTable {
     }
 }
 
-/// Pieces of the files, dealt out to the threads in turn: rows of one time lie together, and a filter for that time must not
-/// leave them all to one thread.
-fn dealt_out(files: &[PartitionedFile], threads: usize) -> Vec<FileGroup> {
-    let mut hands = vec![Vec::new(); threads.max(1)];
-    // A file of no bytes is a piece too: whoever opens it says what is wrong with it.
-    let size = |file: &PartitionedFile| file.object_meta.size.max(1);
-    let piece = |file: &PartitionedFile, start: u64| {
-        let end = (start + PIECE_BYTES).min(size(file));
-        file.clone().with_range(start as i64, end as i64)
-    };
-    let starts = |file: &PartitionedFile| (0..size(file)).step_by(PIECE_BYTES as usize);
-    let pieces = files.iter().flat_map(|file| starts(file).map(move |start| piece(file, start)));
-    for (index, piece) in pieces.enumerate() {
-        hands[index % threads.max(1)].push(piece);
+/// Row groups of the files, dealt out to the threads in turn: rows of one time lie together, and a filter for that time
+/// must not leave them all to one thread. Where their number is not known, whole files are.
+fn dealt_out(files: Vec<(PartitionedFile, Option<usize>)>, threads: usize) -> Vec<FileGroup> {
+    let threads = threads.max(1);
+    let mut hands = vec![Vec::new(); threads];
+    let mut dealt = 0;
+    for (file, row_groups) in files {
+        let Some(row_groups) = row_groups else {
+            hands[dealt % threads].push(file);
+            dealt += 1;
+            continue;
+        };
+        let mut plans = vec![ParquetAccessPlan::new_none(row_groups); threads.min(row_groups)];
+        let first = dealt % threads;
+        for row_group in 0..row_groups {
+            plans[row_group % threads].scan(row_group);
+        }
+        for (offset, plan) in plans.into_iter().enumerate() {
+            hands[(first + offset) % threads].push(file.clone().with_extension(plan));
+        }
+        dealt += row_groups;
     }
     hands.into_iter().filter(|hand| !hand.is_empty()).map(FileGroup::new).collect()
 }
