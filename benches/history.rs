@@ -124,6 +124,8 @@ fn queries(seconds: i64) -> Vec<(&'static str, String, String)> {
     let from = format_us(START_US + seconds / 2 * 1_000_000);
     let to = format_us(START_US + (seconds / 2 + seconds / 24) * 1_000_000);
     let same = |name, sql: String| (name, sql.clone(), sql);
+    let newest =
+        |aggregate: &str| format!("SELECT device_id, {aggregate} AS a FROM load GROUP BY device_id ORDER BY device_id");
     let p99 = |aggregate: &str| format!("SELECT {aggregate} AS p99 FROM load");
     vec![
         same("count", "SELECT count(*) AS c, max(event_time) AS newest FROM load".to_owned()),
@@ -140,16 +142,11 @@ fn queries(seconds: i64) -> Vec<(&'static str, String, String)> {
             "SELECT device_id, avg(avg_delay_ms) AS a, sum(rps) AS s FROM load GROUP BY device_id ORDER BY device_id"
                 .to_owned(),
         ),
-        same(
-            "newest_value_per_key",
-            "SELECT device_id, arg_max(avg_delay_ms, event_time) AS a FROM load GROUP BY device_id ORDER BY device_id"
-                .to_owned(),
-        ),
-        same(
-            "newest_value_per_key_by_last_value",
-            "SELECT device_id, last_value(avg_delay_ms ORDER BY event_time) AS a FROM load GROUP BY device_id \
-             ORDER BY device_id"
-                .to_owned(),
+        same("newest_value_per_key", newest("arg_max(avg_delay_ms, event_time)")),
+        (
+            "newest_by_last_value",
+            newest("last_value(avg_delay_ms ORDER BY event_time)"),
+            newest("arg_max(avg_delay_ms, event_time)"),
         ),
         (
             "percentile_99_of_the_day",

@@ -40,8 +40,8 @@ const INFORMATION: &str = "information_schema";
 const TRIES_MAX: usize = 5;
 
 /// Rows that an operator works on at a time. Some aggregates (`first_value`, `last_value`) cost so much a batch that
-/// DataFusion's 8,192 make them half as fast.
-const BATCH_ROWS: usize = 32 * 1024;
+/// DataFusion's 8,192 make them half as fast; of more than this many the columns no longer stay in the processor's cache.
+const BATCH_ROWS: usize = 16 * 1024;
 
 /// Deepest nesting of operators, and most `UNION`s. The planner's time grows with the square of either, and it
 /// cannot be interrupted: this much takes a fraction of a second.
