@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use rumqttc::{AsyncClient, MqttOptions, QoS};
+use rumqttc::{AsyncClient, Event, MqttOptions, Packet, QoS};
 use tokio::net::TcpStream;
 use tokio::sync::Mutex;
 use tokio_tungstenite::tungstenite::Message;
@@ -77,6 +77,8 @@ async fn measure(name: &str, port: u16, broker_port: u16, query: impl Fn(usize) 
     let mut options = MqttOptions::new("latency-bench", "127.0.0.1", broker_port);
     options.set_keep_alive(Duration::from_secs(30));
     let (publisher, mut events) = AsyncClient::new(options, 1000);
+    // The first messages must not wait for the connection.
+    while !matches!(events.poll().await.expect("the broker"), Event::Incoming(Packet::ConnAck(_))) {}
     let driver = tokio::spawn(async move { while events.poll().await.is_ok() {} });
     let mut tick = tokio::time::interval(Duration::from_micros(1_000_000 / MESSAGES_PER_SECOND));
     for n in 0..MESSAGES_PER_SECOND * SECONDS {
