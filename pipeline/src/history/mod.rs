@@ -32,7 +32,7 @@ use std::time::Duration;
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
@@ -52,6 +52,9 @@ const THREADS_MAX: usize = 4;
 /// Stack of a query thread. The planner recurses once per nested operator; the deepest query that is allowed
 /// needs a part of this in a debug build. Only touched pages are memory.
 const THREAD_STACK_BYTES: usize = 64 << 20;
+
+/// Longest wait for the query threads at the end; a query that was given up may still be in the middle of a batch.
+const END_WITHIN: Duration = Duration::from_secs(5);
 
 /// Most threads that read files for queries; they wait for the disk.
 const READ_THREADS_MAX: usize = 8;
@@ -288,9 +291,14 @@ impl<T> Drop for Stopping<T> {
 
 impl Drop for History {
     fn drop(&mut self) {
-        // A runtime must not be dropped by waiting inside another one.
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
+        let Some(runtime) = self.runtime.take() else { return };
+        // The threads are waited for, not let go: glibc up to 2.36 at least looks at a thread once more after it let it go
+        // (its bug 19951), and the stack of one that ends just then, being so large, is no longer there.
+        let end = move || runtime.shutdown_timeout(END_WITHIN);
+        match Handle::try_current() {
+            // A runtime must not wait inside another one.
+            Ok(_) => drop(std::thread::spawn(end)),
+            Err(_) => end(),
         }
     }
 }
