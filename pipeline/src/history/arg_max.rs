@@ -1,5 +1,6 @@
 //! `arg_max(value, order)` and `arg_min`: the value of the row with the greatest or least `order`, such as the latest value
-//! of every device. DataFusion's `last_value(value ORDER BY order)` says the same and takes twice as long.
+//! of every device. DataFusion's `last_value(value ORDER BY order)` says the same and takes nearly twice
+//! as long.
 
 use std::mem::size_of_val;
 use std::sync::Arc;

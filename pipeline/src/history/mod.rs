@@ -292,8 +292,8 @@ impl<T> Drop for Stopping<T> {
 impl Drop for History {
     fn drop(&mut self) {
         let Some(runtime) = self.runtime.take() else { return };
-        // The threads are waited for, not let go: glibc up to 2.36 at least looks at a thread once more after it let it go
-        // (its bug 19951), and the stack of one that ends just then, being so large, is no longer there.
+        // The threads are waited for, not let go: `pthread_detach` of glibc 2.36 looks at a thread once more after it let it
+        // go, and the stack of one that ends just then, being so large, is no longer there.
         let end = move || runtime.shutdown_timeout(END_WITHIN);
         match Handle::try_current() {
             // A runtime must not wait inside another one.
