@@ -122,14 +122,19 @@ impl Groups {
             |row| keys.is_valid(row) && values.is_valid(row) && filter.is_none_or(|f| f.is_valid(row) && f.value(row));
         let all = keys.null_count() == 0 && values.logical_null_count() == 0 && filter.is_none();
         let here = self.held.len();
-        for (row, (&group, &key)) in groups.iter().zip(keys.values()).enumerate() {
+        // From the end: rows mostly come in order, and so nearly all that follow are less than what was taken.
+        for (row, (&group, &key)) in groups.iter().zip(keys.values()).enumerate().rev() {
+            if key < self.keys[group] {
+                continue;
+            }
             let place = &mut self.places[group];
-            if (key > self.keys[group] || *place == NOWHERE) && (all || counts(row)) {
+            let is_of_here = place.0 == here;
+            if (key > self.keys[group] || is_of_here || *place == NOWHERE) && (all || counts(row)) {
                 self.keys[group] = key;
-                if place.0 != here {
+                *place = (here, row);
+                if !is_of_here {
                     self.met.push(group);
                 }
-                *place = (here, row);
             }
         }
         if !self.met.is_empty() {
@@ -337,6 +342,9 @@ mod tests {
             let expected = format!("SELECT {expected} AS v FROM t WHERE at IS NOT NULL LIMIT 1");
             assert_eq!(csv(&context, sql).await, csv(&context, &expected).await, "{sql}");
         }
+        let equal = "(VALUES (1, 4), (2, 5), (3, 5), (4, 5)) AS r(v, o)";
+        let first = csv(&context, &format!("SELECT arg_max(v, o) AS v, arg_min(v, -o) AS w FROM {equal}")).await;
+        assert_eq!(first, csv(&context, "SELECT CAST(2 AS bigint) AS v, CAST(2 AS bigint) AS w").await);
         for (sql, part) in [
             ("SELECT arg_max(value) FROM t", "takes two arguments"),
             ("SELECT arg_max(value, device) FROM t", "orders by a number or a time, not by Utf8"),

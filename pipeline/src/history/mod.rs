@@ -1,7 +1,7 @@
 //! History: SQL over the Parquet files that a graph has written, and over the rows not published yet.
 //!
-//! [`History`] knows the tables of one graph and runs read-only queries on threads of its own. Nothing is kept
-//! between two queries: each lists the files anew, so that it sees what was published a moment ago.
+//! [`History`] knows the tables of one graph and runs read-only queries on threads of its own. Each query lists the files
+//! anew, so that it sees what was published a moment ago; only the footers of files are kept for the next one.
 //!
 //! | name in SQL | rows |
 //! | --- | --- |
@@ -39,6 +39,7 @@ use tokio::task::JoinHandle;
 use crate::error::{Blame, Error, Result};
 use crate::plugin::HistoryTail;
 use output::Format;
+use query::Footers;
 
 /// Longest SQL text. Longer ones are generated, not written, and the planner is recursive.
 pub const SQL_BYTES_MAX: usize = 32 * 1024;
@@ -176,6 +177,7 @@ pub struct History {
     /// Taken only by `drop`.
     runtime: Option<Runtime>,
     permits: Arc<Semaphore>,
+    footers: Footers,
 }
 
 impl fmt::Debug for History {
@@ -201,7 +203,7 @@ impl History {
             .build()
             .map_err(|e| Error::outside("cannot start the query threads").because(e))?;
         let permits = Arc::new(Semaphore::new(QUERIES_MAX));
-        Ok(Self { tables: tables.into(), runtime: Some(runtime), permits })
+        Ok(Self { tables: tables.into(), runtime: Some(runtime), permits, footers: query::footers() })
     }
 
     /// The tables, in the order given.
@@ -246,12 +248,12 @@ impl History {
         let Some(runtime) = &self.runtime else {
             return Err(QueryError::new(QueryErrorKind::Internal, "the query threads have ended"));
         };
-        let (tables, sql, limits) = (Arc::clone(&self.tables), sql.to_owned(), limits.clone());
-        let time = limits.time;
+        let (tables, footers) = (Arc::clone(&self.tables), Arc::clone(&self.footers));
+        let (sql, limits, time) = (sql.to_owned(), limits.clone(), limits.time);
         // The permit is held until the work has really ended.
         let mut task = Stopping(runtime.spawn(async move {
             let _permit = permit;
-            query::run(&tables, &sql, &limits).await.map(finish)
+            query::run(&tables, &footers, &sql, &limits).await.map(finish)
         }));
         // Waited for here, not on the query's own thread: that one may be busy.
         match tokio::time::timeout(time, &mut task.0).await {

@@ -10,6 +10,8 @@ use datafusion::catalog::{
     CatalogProvider, MemoryCatalogProvider, MemorySchemaProvider, SchemaProvider, TableProvider,
 };
 use datafusion::common::{DataFusionError, SchemaError, TableReference};
+use datafusion::execution::cache::cache_manager::{CacheManagerConfig, FileMetadataCache};
+use datafusion::execution::cache::default_cache::DefaultCache;
 use datafusion::execution::context::{SQLOptions, SessionConfig, SessionContext};
 use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
 use datafusion::execution::memory_pool::GreedyMemoryPool;
@@ -47,13 +49,24 @@ const BATCH_ROWS: usize = 16 * 1024;
 /// cannot be interrupted: this much takes a fraction of a second.
 pub(super) const DEPTH_MAX: usize = 500;
 
+/// Most bytes of footers that are kept from query to query; those asked for longest ago go first.
+const FOOTERS_BYTES_MAX: usize = 32 << 20;
+
 type Outcome<T> = Result<T, QueryError>;
 
+/// Footers of files that were read, each good for the file of that name, size and time of change.
+pub(super) type Footers = Arc<FileMetadataCache>;
+
+/// None yet.
+pub(super) fn footers() -> Footers {
+    Arc::new(DefaultCache::new(FOOTERS_BYTES_MAX))
+}
+
 /// Runs `sql` over `tables`.
-pub(super) async fn run(tables: &[Table], sql: &str, limits: &Limits) -> Outcome<QueryResult> {
+pub(super) async fn run(tables: &[Table], footers: &Footers, sql: &str, limits: &Limits) -> Outcome<QueryResult> {
     let mut tries = 1;
     loop {
-        let attempt = Attempt::new(tables, limits)?;
+        let attempt = Attempt::new(tables, footers, limits)?;
         let error = match attempt.run(sql, limits).await {
             Ok(result) => return Ok(result),
             Err(error) => error,
@@ -69,7 +82,7 @@ pub(super) async fn run(tables: &[Table], sql: &str, limits: &Limits) -> Outcome
     }
 }
 
-/// A session that lives for one try: nothing of an earlier one, no listing above all, can be seen.
+/// A session that lives for one try: nothing of an earlier one but footers, no listing above all, can be seen.
 struct Attempt<'a> {
     tables: &'a [Table],
     context: SessionContext,
@@ -77,7 +90,7 @@ struct Attempt<'a> {
 }
 
 impl<'a> Attempt<'a> {
-    fn new(tables: &'a [Table], limits: &Limits) -> Outcome<Self> {
+    fn new(tables: &'a [Table], footers: &Footers, limits: &Limits) -> Outcome<Self> {
         let threads = tokio::runtime::Handle::current().metrics().num_workers();
         let mut config = SessionConfig::new()
             .with_target_partitions(threads)
@@ -86,7 +99,11 @@ impl<'a> Attempt<'a> {
             .with_create_default_catalog_and_schema(false)
             .with_information_schema(true);
         config.options_mut().sql_parser.enable_ident_normalization = false;
+        let caches = CacheManagerConfig::default()
+            .with_file_metadata_cache(Some(Arc::clone(footers)))
+            .with_metadata_cache_limit(FOOTERS_BYTES_MAX);
         let runtime = RuntimeEnvBuilder::new()
+            .with_cache_manager(caches)
             .with_memory_pool(Arc::new(GreedyMemoryPool::new(limits.memory)))
             .with_disk_manager_builder(DiskManagerBuilder::default().with_mode(DiskManagerMode::Disabled))
             .build_arc()
