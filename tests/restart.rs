@@ -200,6 +200,43 @@ fn a_pipeline_that_has_gone_is_told_and_its_waiting_rows_are_published() {
 }
 
 #[test]
+fn a_source_that_leaves_the_file_and_comes_back_counts_each_record_once() {
+    const OTHER: &str = "
+sources:
+  readings: {type: generate, rate: 10, columns: {n: seq}}
+pipelines:
+  numbers: {from: readings, to: history}
+sinks:
+  history: {type: parquet, path: history}
+";
+    let with = "checkpoint: {every: 1h}
+sources:
+  readings: {type: http, path: /readings, fields: {device: string, value: int}}
+pipelines:
+  all: {from: readings, to: history}
+sinks:
+  history: {type: parquet, path: history}
+";
+    let program = Program::start(with);
+    program.post("/readings", &[reading("a", 1, 1), reading("a", 2, 2)]);
+    let folder = program.stop();
+    let mut program = Program::start_in(folder, free_port(), with);
+    program.post("/readings", &[reading("a", 3, 3)]);
+    program.process.signal("KILL");
+    program.process.wait();
+    // Nobody takes the third up; and a source of that name that has another inbox, or none, says nothing of this one.
+    let program = Program::start_in(program.scratch, free_port(), OTHER);
+    wait_for("a number", || program.source("readings")["rows_out"].as_u64().filter(|rows| *rows > 0));
+    let folder = program.stop();
+    let program = Program::start_in(folder, free_port(), with);
+    let printed = program.process.printed();
+    assert!(printed.contains("source readings: 1 rows of the inbox are in no checkpoint yet"), "{printed}");
+    program.post("/readings", &[reading("a", 4, 4)]);
+    let folder = program.stop();
+    assert_eq!(rows(folder.path(), "all", "value"), ["1", "2", "3", "4"]);
+}
+
+#[test]
 fn drain_closes_open_windows_as_final_and_a_later_run_takes_new_rows() {
     let program = Program::start(ONE);
     program.post("/readings", &[reading("a", 1, 1), reading("a", 2, 11)]);

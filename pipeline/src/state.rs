@@ -13,12 +13,14 @@ use crate::error::{Error, Result};
 #[derive(Debug, Default)]
 pub struct StateWriter {
     bytes: Vec<u8>,
+    /// Why a part could not be written.
+    failure: Option<String>,
 }
 
 impl StateWriter {
     /// With room for so many bytes: a state is about as long as the last one was.
     pub fn with_capacity(bytes: usize) -> Self {
-        Self { bytes: Vec::with_capacity(bytes) }
+        Self { bytes: Vec::with_capacity(bytes), failure: None }
     }
 
     /// Bytes so far.
@@ -31,7 +33,12 @@ impl StateWriter {
         self.bytes.is_empty()
     }
 
-    /// `true` and what `write` writes, or `false` and why it could not.
+    /// Why a part of it could not be written, the first time: it is no state to go on from.
+    pub fn failure(&self) -> Option<&str> {
+        self.failure.as_deref()
+    }
+
+    /// `true` and what `write` writes, or `false` and why it could not, which is then the state's [`Self::failure`] too.
     pub fn attempt(&mut self, write: impl FnOnce(&mut Self) -> Result<()>) {
         let start = self.bytes.len();
         self.bool(true);
@@ -39,6 +46,7 @@ impl StateWriter {
             self.bytes.truncate(start);
             self.bool(false);
             self.str(&error.to_string());
+            self.failure.get_or_insert_with(|| error.to_string());
         }
     }
 
@@ -110,7 +118,7 @@ impl StateWriter {
 impl From<Vec<u8>> for StateWriter {
     /// Goes on after these bytes.
     fn from(bytes: Vec<u8>) -> Self {
-        Self { bytes }
+        Self { bytes, failure: None }
     }
 }
 

@@ -289,6 +289,21 @@ impl Log {
         self.begin_anew(lsn).map_err(|error| self.poison("beginning it anew failed", error))
     }
 
+    /// Gives the numbers up to `lsn` to records that are lost, durably: the owner knows of records that are not here any more,
+    /// and needs those that are. Cursors pass over them.
+    ///
+    /// Errors: as of [`Log::commit`].
+    pub fn pass_over(&mut self, lsn: u64) -> Result<()> {
+        while self.next_lsn() < lsn {
+            format::push_record(&mut self.buffer, format::LOST, 0, &[], &[]);
+            self.buffered += 1;
+            if self.buffered_bytes() >= KEPT_BUFFER_BYTES {
+                self.commit(Vec::new)?;
+            }
+        }
+        self.commit(Vec::new).map(drop)
+    }
+
     /// A cursor that gives the records from `lsn` on, and goes on with those that are committed later.
     ///
     /// Errors: `lsn` is not between [`Log::first_lsn`] and [`Log::committed_lsn`]: a reader that relies on it would miss

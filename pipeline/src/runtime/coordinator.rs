@@ -11,7 +11,7 @@ use tracing::{info, warn};
 use super::edge::Barrier;
 use super::outbox::Outbox;
 use super::store::{Checkpoint, Store};
-use super::{blocking, is_true};
+use super::{blocking, inbox_entry, is_true};
 use crate::error::{Error, Result, Retry};
 use crate::live::Frozen;
 use crate::state::StateWriter;
@@ -63,6 +63,8 @@ pub(crate) struct Prepared {
     pub(crate) state: Vec<u8>,
     /// What is written down after that, beside the stream.
     pub(crate) latest: Option<Frozen>,
+    /// The key of a source's inbox, and the first record in it that the checkpoint does not have.
+    pub(crate) inbox: Option<(String, u64)>,
 }
 
 impl Prepared {
@@ -77,7 +79,7 @@ impl Prepared {
 
 impl From<Vec<u8>> for Prepared {
     fn from(state: Vec<u8>) -> Self {
-        Self { state, latest: None }
+        Self { state, ..Self::default() }
     }
 }
 
@@ -107,6 +109,9 @@ pub(crate) struct Coordinator {
     pub(crate) reports: mpsc::Receiver<Report>,
     /// Every node that answers a barrier, with the fingerprint of its configuration.
     pub(crate) nodes: BTreeMap<String, u64>,
+    /// By key, the inboxes that no source of this run has, and the first record in each that no checkpoint has: their source
+    /// may come back.
+    pub(crate) left_inboxes: BTreeMap<String, u64>,
     /// Sources that have reached their end.
     pub(crate) ended: BTreeSet<String>,
     /// Sources that have failed for good.
@@ -243,6 +248,7 @@ impl Coordinator {
     /// The states of all nodes at barrier `number`.
     async fn collect(&mut self, number: u64) -> Result<Checkpoint> {
         let mut checkpoint = Checkpoint { number, ..Checkpoint::default() };
+        checkpoint.nodes.extend(self.left_inboxes.iter().map(|(key, first)| inbox_entry(key.clone(), *first)));
         let mut failed = None;
         let mut answered = 0;
         while answered < self.nodes.len() {
@@ -251,7 +257,8 @@ impl Coordinator {
                     answered += 1;
                     let fingerprint = self.nodes.get(&key).copied().unwrap_or_default();
                     match state {
-                        Ok(state) => {
+                        Ok(mut state) => {
+                            checkpoint.nodes.extend(state.inbox.take().map(|(key, first)| inbox_entry(key, first)));
                             checkpoint.nodes.insert(key, (fingerprint, blocking(|| state.finish())));
                         }
                         Err(mut error) => {
@@ -301,6 +308,7 @@ mod tests {
     use crate::disk::RealDisk;
     use crate::log::Durability;
     use crate::plugin::{BatchLimits, SinkInput, StreamShape};
+    use crate::runtime::hold::Hold;
     use crate::schema::{FieldType, schema_of};
 
     /// As fast as can be.
@@ -410,6 +418,7 @@ mod tests {
             outboxes: outbox.into_iter().collect(),
             reports,
             nodes: BTreeMap::from([("source/s".to_owned(), 1), ("sink/k".to_owned(), 2)]),
+            left_inboxes: BTreeMap::new(),
             ended: BTreeSet::new(),
             failed: BTreeSet::new(),
         };
@@ -423,7 +432,7 @@ mod tests {
         };
         let result = coordinator.run(stop, drain).await;
         let committed = nodes.await.expect("no panic");
-        let store = Store::open(folder.path()).expect("a store");
+        let mut store = Store::open(folder.path()).expect("a store");
         let kept = store.latest().expect("a list").map(|checkpoint| checkpoint.number);
         let last = *is_seen.borrow();
         Ran { result, committed, kept, last }
@@ -436,7 +445,10 @@ mod tests {
         let limits = BatchLimits { rows: 10, every: EVERY };
         let folder = tempfile::tempdir().expect("a folder");
         let inputs = vec![SinkInput { metric: "m".to_owned(), shape }];
-        let outbox = Outbox::open(limits, false, inputs, Arc::new(RealDisk), folder.path(), Durability::Process);
+        let outbox = {
+            let hold = Hold::default();
+            Outbox::open(limits, false, inputs, Arc::new(RealDisk), folder.path(), Durability::Process, hold)
+        };
         let outbox = Arc::new(outbox.expect("an outbox"));
         let rows = RecordBatch::try_new(schema, vec![Arc::new(Int64Array::from(vec![1]))]).expect("rows");
         outbox.put(0, &rows).await;

@@ -235,16 +235,19 @@ impl Examined {
     fn inbox(&mut self, graph: &Graph, folder: &Path, report: &log::Report, taken: Option<&Checkpoint>) {
         let source = source_of(graph, folder);
         let sound = self.log(folder, report);
-        let Some(source) = source else {
-            let count = report.next_lsn() - report.first_lsn();
+        let (first, next) = (report.first_lsn(), report.next_lsn());
+        let from = covered(taken, folder);
+        if source.is_none() {
+            let (count, rest) = (next - first, next.saturating_sub(from.unwrap_or(0).max(first)));
             return self.note(
                 folder,
-                format!("no source of the file has this inbox; {count} records are in it"),
-                "remove it if its source does not come back",
+                format!(
+                    "no source of the file has this inbox; {count} records are in it, {rest} of them in no checkpoint"
+                ),
+                "its source goes on with these if it comes back; if it does not, remove it",
             );
-        };
-        let (first, next) = (report.first_lsn(), report.next_lsn());
-        match covered(taken, Some(source)) {
+        }
+        match from {
             None if taken.is_none() && first > 0 => self.damaged(
                 folder,
                 format!("it begins with record {first}, but there is no checkpoint that has those before"),
@@ -367,9 +370,6 @@ pub struct Salvaged {
     /// Of the lost records, those that the checkpoint does not have (of an inbox) or that wait for delivery (of an outbox):
     /// their rows are lost for good.
     pub lost_for_good: u64,
-    /// Whether it is of an outbox. The rows before lost ones are numbered anew: a sink that takes each row exactly once may
-    /// take some of them again.
-    pub of_outbox: bool,
 }
 
 impl fmt::Display for Salvaged {
@@ -391,9 +391,6 @@ impl fmt::Display for Salvaged {
             self.lost_for_good,
             aside.display()
         )?;
-        if self.of_outbox && self.lost_for_good > 0 {
-            f.write_str("; rows that were delivered just before the end may be delivered again")?;
-        }
         if *head_lost {
             f.write_str("; the memory of what was received before is lost: what is sent again may count twice")?;
         }
@@ -420,23 +417,19 @@ pub fn salvage(graph: &Graph) -> Result<Vec<Salvaged>> {
     let taken = newest(&found);
     let mut salvaged = Vec::new();
     for (folder, _) in logs(&disk, &dir.join("inbox"))? {
-        let from = covered(taken, source_of(graph, &folder)).unwrap_or_default();
-        salvaged.extend(
-            log::salvage(&disk, &folder)?.into_iter().map(|mended| Salvaged::new(mended, from..u64::MAX, false)),
-        );
+        let from = covered(taken, &folder).unwrap_or_default();
+        salvaged.extend(log::salvage(&disk, &folder)?.into_iter().map(|mended| Salvaged::new(mended, from..u64::MAX)));
     }
     for (folder, _) in logs(&disk, &dir.join("outbox"))? {
         let needed = kept(taken, sink_of(graph, &folder)).map_or(0..0, |kept| kept.needed()..kept.end);
-        salvaged.extend(
-            log::salvage(&disk, &folder)?.into_iter().map(|mended| Salvaged::new(mended, needed.clone(), true)),
-        );
+        salvaged.extend(log::salvage(&disk, &folder)?.into_iter().map(|mended| Salvaged::new(mended, needed.clone())));
     }
     Ok(salvaged)
 }
 
 impl Salvaged {
-    fn new(mended: Mended, needed: Range<u64>, of_outbox: bool) -> Self {
+    fn new(mended: Mended, needed: Range<u64>) -> Self {
         let common = |lost: &Range<u64>| lost.end.min(needed.end).saturating_sub(lost.start.max(needed.start));
-        Self { lost_for_good: mended.lost.iter().map(common).sum(), mended, of_outbox }
+        Self { lost_for_good: mended.lost.iter().map(common).sum(), mended }
     }
 }

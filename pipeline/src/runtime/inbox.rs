@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tracing::warn;
 
 use super::back_off::BackOff;
+use super::key_of_inbox;
 use crate::batch::BATCH_ROWS_MAX;
 use crate::disk::Disk;
 use crate::error::{Error, Result, Retry};
@@ -45,6 +46,7 @@ const RECORD_OVERHEAD: usize = 64;
 
 /// The engine's end.
 pub(crate) struct Inbox {
+    key: String,
     commands: Sender<Command>,
     progress: watch::Receiver<Progress>,
     receipts: Option<Box<dyn Receipts>>,
@@ -78,8 +80,10 @@ struct Replay {
     cursor: Cursor,
     /// The next one, if it was read already, with its number and when it was received.
     read: Option<(u64, Record, i64)>,
-    /// Number of the next one.
+    /// Number of the next one to be taken in: none after it is in the graph.
     next: u64,
+    /// Number after the last one that was handed out.
+    given: u64,
     /// Number after the last one.
     end: u64,
 }
@@ -139,7 +143,7 @@ impl Inbox {
             remember(&log, receipts.as_mut())?;
         }
         let replay = match from < next {
-            true => Some(Replay { cursor: log.records_from(from)?, read: None, next: from, end: next }),
+            true => Some(Replay { cursor: log.records_from(from)?, read: None, next: from, given: from, end: next }),
             false => None,
         };
         let (commands, received) = channel();
@@ -150,7 +154,8 @@ impl Inbox {
             .spawn(move || writer.run())
             .map_err(|e| Error::outside("a thread for the inbox").because(e).fatal())?;
         let waiting = VecDeque::new();
-        Ok(Self { commands, progress, receipts: here, next, waiting, waiting_bytes: 0, replay })
+        let key = key_of_inbox(folder);
+        Ok(Self { key, commands, progress, receipts: here, next, waiting, waiting_bytes: 0, replay })
     }
 
     /// Tells the records that are new from those that come again.
@@ -171,6 +176,11 @@ impl Inbox {
             }
         }
         received
+    }
+
+    /// The key of this inbox in a checkpoint.
+    pub(crate) fn key(&self) -> &str {
+        &self.key
     }
 
     /// Hands records to the disk.
@@ -227,13 +237,20 @@ impl Inbox {
         self.replay.is_some()
     }
 
-    /// The next records of an earlier run, all received at the same time, and that time.
+    /// The next records of an earlier run, all received at the same time, and that time. [`Self::replayed`] follows once they
+    /// are in the graph.
     pub(crate) fn replay(&mut self) -> Result<Option<(Vec<Record>, i64)>> {
         let Some(replay) = &mut self.replay else { return Ok(None) };
         let mut records = Vec::new();
         let mut at = None;
         while records.len() < BATCH_ROWS_MAX {
-            let Some((number, record, ingest_us)) = replay.read()? else { break };
+            let (number, record, ingest_us) = match replay.read() {
+                Ok(Some(read)) => read,
+                Ok(None) => break,
+                Err(error) if records.is_empty() => return Err(error),
+                // What was read before it comes first; it will show again.
+                Err(_) => break,
+            };
             if at.is_some_and(|at| at != ingest_us) {
                 replay.read = Some((number, record, ingest_us));
                 break;
@@ -241,13 +258,20 @@ impl Inbox {
             at = Some(ingest_us);
             records.push(record);
             // Not counted: some may be lost to damage.
-            replay.next = number + 1;
+            replay.given = number + 1;
         }
         let Some(at) = at else {
             self.replay = None;
             return Ok(None);
         };
         Ok(Some((records, at)))
+    }
+
+    /// What [`Self::replay`] gave is in the graph.
+    pub(crate) fn replayed(&mut self) {
+        if let Some(replay) = &mut self.replay {
+            replay.next = replay.given;
+        }
     }
 
     /// Records with smaller numbers will not be asked for again.
@@ -307,7 +331,8 @@ impl Writer {
             let mut next = Some(command);
             while let Some(command) = next.take() {
                 match command {
-                    Command::Append(records, ingest_us) => self.append(&records, ingest_us),
+                    Command::Append(records, ingest_us) if !self.append(&records, ingest_us) => return,
+                    Command::Append(..) => {}
                     Command::Trim(before) => trim = Some(before),
                 }
                 if self.log.buffered_bytes() < GROUP_BYTES_MAX {
@@ -326,13 +351,19 @@ impl Writer {
         }
     }
 
-    fn append(&mut self, records: &[Record], ingest_us: i64) {
+    /// Buffers records; false if what was buffered before can never be on the disk.
+    fn append(&mut self, records: &[Record], ingest_us: i64) -> bool {
         for record in records {
+            // A lot of large records is several writes: a group that is too large is none.
+            if self.log.buffered_bytes() >= GROUP_BYTES_MAX && !self.commit() {
+                return false;
+            }
             self.log.append(RECORD, ingest_us, &record.metadata, &record.payload);
             if let Some(receipts) = &mut self.receipts {
                 receipts.receive(record, ingest_us);
             }
         }
+        true
     }
 
     /// Puts what was appended on the disk, however long it is full; false if that can never be.
@@ -431,7 +462,10 @@ mod tests {
     fn replayed(inbox: &mut Inbox) -> Vec<(String, i64)> {
         let mut all = Vec::new();
         while let Some((records, at)) = inbox.replay().expect("whole") {
+            let before = inbox.taken();
             all.extend(records.iter().map(|r| (String::from_utf8_lossy(&r.payload).into_owned(), at)));
+            inbox.replayed();
+            assert_eq!(inbox.taken(), before + records.len() as u64);
         }
         all
     }

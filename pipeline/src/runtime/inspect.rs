@@ -12,7 +12,8 @@ use super::intake_task::IntakeTask;
 use super::outbox::Kept;
 use super::store::{Checkpoint, Found, is_locked, read_all};
 use super::{
-    fingerprint_of_sink, inbox_folder, key_of_pipeline, key_of_sink, key_of_source, outbox_folder, what_it_keeps,
+    INBOXES, fingerprint_of_sink, first_not_covered, inbox_folder, key_of_pipeline, key_of_sink, key_of_source,
+    outbox_folder, what_it_keeps,
 };
 use crate::disk::{Disk, RealDisk};
 use crate::error::{Error, Result};
@@ -163,12 +164,17 @@ pub(super) fn newest(found: &[Found]) -> Option<&Checkpoint> {
 
 /// Every log in a folder of the state, with what is in it.
 pub(super) fn logs(disk: &Arc<dyn Disk>, folder: &Path) -> Result<Vec<(PathBuf, log::Report)>> {
+    let folders = log_folders(disk, folder)?.into_iter();
+    folders.map(|folder| log::inspect(disk, &folder).map(|report| (folder, report))).collect()
+}
+
+/// The folders of the logs in a folder of the state.
+pub(super) fn log_folders(disk: &Arc<dyn Disk>, folder: &Path) -> Result<Vec<PathBuf>> {
     let entries = match disk.list(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries.map_err(|error| Error::outside(format!("`{}`", folder.display())).because(error))?,
     };
-    let folders = entries.into_iter().filter(|entry| entry.folder).map(|entry| folder.join(entry.name));
-    folders.map(|folder| log::inspect(disk, &folder).map(|report| (folder, report))).collect()
+    Ok(entries.into_iter().filter(|entry| entry.folder).map(|entry| folder.join(entry.name)).collect())
 }
 
 /// The source whose inbox is in a folder.
@@ -183,10 +189,9 @@ pub(super) fn sink_of<'a>(graph: &'a Graph, folder: &Path) -> Option<&'a str> {
     Some(&sink.name)
 }
 
-/// The first record of a source's inbox that a checkpoint does not have, if it knows.
-pub(super) fn covered(checkpoint: Option<&Checkpoint>, source: Option<&str>) -> Option<u64> {
-    let (_, state) = checkpoint?.nodes.get(&format!("source/{}", source?))?;
-    IntakeTask::first_not_covered(state).ok()?
+/// The first record of the inbox in `folder` that a checkpoint does not have, if it knows.
+pub(super) fn covered(checkpoint: Option<&Checkpoint>, folder: &Path) -> Option<u64> {
+    first_not_covered(checkpoint?, folder).ok()?
 }
 
 /// What a checkpoint says of a sink's outbox.
@@ -196,37 +201,40 @@ pub(super) fn kept(checkpoint: Option<&Checkpoint>, sink: Option<&str>) -> Optio
 }
 
 fn nodes(graph: &Graph, checkpoint: Option<&Checkpoint>) -> Vec<NodeState> {
-    let mut nodes: Vec<(String, u64)> = Vec::new();
-    nodes.extend(graph.sources.iter().map(|source| (key_of_source(source), source.fingerprint)));
-    nodes.extend(graph.pipelines.iter().map(|pipeline| (key_of_pipeline(pipeline), pipeline.fingerprint)));
+    let mut nodes: Vec<(String, u64, Option<u64>)> = Vec::new();
+    nodes.extend(graph.sources.iter().map(|source| {
+        let first = covered(checkpoint, &inbox_folder(&graph.state_dir, source));
+        (key_of_source(source), source.fingerprint, first)
+    }));
+    nodes.extend(graph.pipelines.iter().map(|pipeline| (key_of_pipeline(pipeline), pipeline.fingerprint, None)));
     let sinks = graph.sinks.iter().filter(|sink| !sink.inputs.is_empty());
-    nodes.extend(sinks.map(|sink| (key_of_sink(sink), fingerprint_of_sink(sink))));
-    let known: BTreeSet<String> = nodes.iter().map(|(key, _)| key.clone()).collect();
+    nodes.extend(sinks.map(|sink| (key_of_sink(sink), fingerprint_of_sink(sink), None)));
+    let known: BTreeSet<String> = nodes.iter().map(|(key, ..)| key.clone()).collect();
     let stored = |key: &str| checkpoint.and_then(|checkpoint| checkpoint.nodes.get(key));
     let mut states: Vec<NodeState> = nodes
         .into_iter()
-        .map(|(key, fingerprint)| {
+        .map(|(key, fingerprint, first)| {
             let state = stored(&key);
             let start = match state {
                 None => Start::New,
                 Some((of, _)) if *of == fingerprint => Start::GoesOn,
                 Some(_) => Start::Changed,
             };
-            node(key, state.map(|(_, state)| state.as_slice()), start)
+            node(key, state.map(|(_, state)| state.as_slice()), first, start)
         })
         .collect();
     for (key, (_, state)) in checkpoint.iter().flat_map(|checkpoint| &checkpoint.nodes) {
-        if !known.contains(key) {
-            states.push(node(key.clone(), Some(state), Start::Gone));
+        if !known.contains(key) && !key.starts_with(INBOXES) {
+            states.push(node(key.clone(), Some(state), None, Start::Gone));
         }
     }
     states
 }
 
-fn node(key: String, state: Option<&[u8]>, start: Start) -> NodeState {
+fn node(key: String, state: Option<&[u8]>, first_record_not_covered: Option<u64>, start: Start) -> NodeState {
     let is_source = key.starts_with("source/");
     let place = state.filter(|_| is_source).and_then(|state| IntakeTask::place(state).ok());
-    let (position, first_record_not_covered) = place.unwrap_or_default();
+    let (position, _) = place.unwrap_or_default();
     NodeState {
         bytes: state.map(|state| state.len() as u64),
         position: position.map(readable),
@@ -253,7 +261,7 @@ fn readable(position: &[u8]) -> String {
 
 fn inbox(graph: &Graph, folder: PathBuf, report: &log::Report, checkpoint: Option<&Checkpoint>) -> InboxState {
     let source = source_of(graph, &folder);
-    let from = covered(checkpoint, source).unwrap_or_default().max(report.first_lsn());
+    let from = covered(checkpoint, &folder).unwrap_or_default().max(report.first_lsn());
     InboxState {
         source: source.map(str::to_owned),
         folder,

@@ -12,13 +12,13 @@ use std::time::Duration;
 
 use arrow::array::{Array, ArrayRef, RecordBatch, StringArray, TimestampMicrosecondArray};
 use arrow::compute::{filter_record_batch, is_not_null};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tracing::warn;
 
 use super::blocking;
 use super::clock::SourceClock;
-use super::coordinator::{Control, Report};
+use super::coordinator::{Control, Prepared, Report};
 use super::edge::{Barrier, Message, Outlet};
 use super::inbox::{Inbox, Progress};
 use super::queue::Receiver;
@@ -26,12 +26,15 @@ use super::reader_task::{Arrival, Link};
 use crate::batch::{BATCH_ROWS_MAX, Batch, Stage, Times};
 use crate::error::{Error, Result};
 use crate::graph::errors_schema;
-use crate::plugin::{Decoded, Decoder, Delivery, Record, Rejection, RowError};
+use crate::plugin::{Decoder, Delivery, Record, Rejection, RowError};
 use crate::state::{StateReader, StateWriter};
 use crate::status::{NodeState, NodeStatus};
 
 /// How often time moves on without rows. Windows over the time of receipt close at most this late.
 const TICK: Duration = Duration::from_millis(50);
+
+/// Bytes of records, from which on no more are taken together: they are decoded, and written to the inbox, as one.
+const LOT_BYTES_MAX: usize = 8 << 20;
 
 /// Row errors of one source are logged at most this often; all are counted.
 const ERROR_LOG_EVERY: Duration = Duration::from_secs(10);
@@ -57,6 +60,8 @@ pub(crate) struct IntakeTask {
     pub(crate) inbox: Option<Inbox>,
     /// What waits for the inbox.
     pub(crate) unsettled: Unsettled,
+    /// Not zero while something downstream is full that only a checkpoint empties.
+    pub(crate) held: watch::Receiver<usize>,
 }
 
 /// What waits until records are on disk, each with the number after the last of them.
@@ -75,6 +80,14 @@ impl Unsettled {
     pub(crate) fn cover(&mut self, checkpoint: u64, taken: u64) {
         self.covered.push_back((checkpoint, taken));
     }
+}
+
+/// Rows that are ready for the graph: from here on nothing can fail.
+struct Lot {
+    /// Rows of what could not be read.
+    errors: Option<Batch>,
+    /// Batches, and how far event time is after each, if it went on.
+    parts: Vec<(Batch, Option<i64>)>,
 }
 
 /// What goes on with the source.
@@ -107,7 +120,10 @@ impl IntakeTask {
                     None => return,
                 },
                 progress = progress(&mut self.inbox) => self.settle(&progress).await,
-                () = async {}, if phase == Phase::Running && self.is_replaying() => phase = self.replay().await,
+                Ok(()) = self.held.changed() => {}
+                () = async {}, if phase == Phase::Running && self.is_replaying() && !self.is_held() => {
+                    phase = self.replay().await;
+                }
                 arrival = self.arrivals.recv(), if phase == Phase::Running && self.has_room() => {
                     phase = self.arrival(arrival.unwrap_or(Arrival::Ended)).await;
                 }
@@ -154,31 +170,24 @@ impl IntakeTask {
         self.clock.snapshot(&mut state);
         state.u64(self.batches);
         state.u64(self.error_batches);
-        let report =
-            |state: StateWriter| Report::Prepared(self.key.clone(), barrier.checkpoint, Ok(state.finish().into()));
-        let Some(inbox) = &self.inbox else {
-            let _ = self.reports.send(report(state)).await;
+        let inbox = self.inbox.as_ref().map(|inbox| (inbox.key().to_owned(), inbox.taken()));
+        let prepared = Prepared { state: state.finish(), inbox: inbox.clone(), ..Prepared::default() };
+        let report = Report::Prepared(self.key.clone(), barrier.checkpoint, Ok(prepared));
+        let Some((inbox, (_, taken))) = self.inbox.as_ref().zip(inbox) else {
+            let _ = self.reports.send(report).await;
             return;
         };
         // What a checkpoint covers must be on disk before it: a record that is not would come again.
-        let taken = inbox.taken();
-        state.u64(taken);
         self.unsettled.cover(barrier.checkpoint, taken);
         if inbox.durable() >= taken {
-            let _ = self.reports.send(report(state)).await;
+            let _ = self.reports.send(report).await;
         } else {
-            self.unsettled.answers.push_back((taken, report(state)));
+            self.unsettled.answers.push_back((taken, report));
         }
     }
 
-    /// The number of the first record in the inbox that a checkpoint does not have, by the state in it. Of a
-    /// checkpoint that was taken before there was an inbox: `None`.
-    pub(crate) fn first_not_covered(state: &[u8]) -> Result<Option<u64>> {
-        Self::place(state).map(|(_, first)| first)
-    }
-
-    /// Where the source goes on, by its state in a checkpoint: its position, if it has one, and what
-    /// [`Self::first_not_covered`] says.
+    /// Where the source goes on, by its state in a checkpoint: its position, if it has one, and, if the checkpoint is of an
+    /// earlier version, the first record in its inbox that the checkpoint does not have.
     pub(crate) fn place(state: &[u8]) -> Result<(Option<&[u8]>, Option<u64>)> {
         let mut state = StateReader::new(state);
         let known = state.bool()?;
@@ -226,8 +235,9 @@ impl IntakeTask {
                 Arrival::Failed => return self.failed().await,
                 Arrival::Rows(pulled) => {
                     let ingest_us = self.clock.stamp();
-                    if let Err(error) = self.take_rows(&pulled.rows, pulled.errors, ingest_us).await {
-                        return self.fail(&error).await;
+                    match self.prepare(&pulled.rows, pulled.errors, ingest_us) {
+                        Ok(lot) => self.take_in(lot).await,
+                        Err(error) => return self.fail(&error).await,
                     }
                     self.position = Some(pulled.position);
                 }
@@ -262,9 +272,14 @@ impl IntakeTask {
     /// Adds the records that have arrived meanwhile, so that under load batches fill up. Returns the arrival
     /// after them if it was something else.
     fn more_records(&mut self, records: &mut Vec<Record>) -> Option<Arrival> {
-        while records.len() < BATCH_ROWS_MAX {
+        let bytes_of = |records: &[Record]| records.iter().map(|record| record.payload.len()).sum::<usize>();
+        let mut bytes = bytes_of(records);
+        while records.len() < BATCH_ROWS_MAX && bytes < LOT_BYTES_MAX {
             match self.arrivals.try_recv() {
-                Ok(Arrival::Records(more)) => records.extend(more),
+                Ok(Arrival::Records(more)) => {
+                    bytes += bytes_of(&more);
+                    records.extend(more);
+                }
                 Ok(other) => return Some(other),
                 Err(_) => return None,
             }
@@ -277,22 +292,24 @@ impl IntakeTask {
         let ingest_us = self.clock.stamp();
         let Some(inbox) = &mut self.inbox else {
             let tokens: Vec<u64> = records.iter().map(|record| record.token).collect();
-            let taken = match self.decode(&records) {
-                Ok(decoded) => self.take_rows(&decoded.rows, decoded.errors, ingest_us).await,
-                Err(error) => Err(error),
+            let lot = match self.decoded(&records, ingest_us) {
+                Ok(lot) => lot,
+                Err(error) => {
+                    self.reject(&tokens, &Rejection::Failed).await;
+                    return Err(error);
+                }
             };
-            match &taken {
-                Ok(()) => self.acknowledge(&tokens).await,
-                Err(_) => self.reject(&tokens, &Rejection::Failed).await,
-            }
-            return taken;
+            self.take_in(lot).await;
+            self.acknowledge(&tokens).await;
+            return Ok(());
         };
         let received = inbox.receive(records, ingest_us);
         for (token, reason) in received.refused {
             self.reject(&[token], &Rejection::Refused(reason)).await;
         }
-        let decoded = match self.decode(&received.fresh) {
-            Ok(decoded) => decoded,
+        let lot = match self.decoded(&received.fresh, ingest_us) {
+            Ok(lot) => lot,
+            // Nothing of it is in the inbox: no checkpoint may pass it.
             Err(error) => {
                 self.reject(&received.tokens, &Rejection::Failed).await;
                 return Err(error);
@@ -305,7 +322,7 @@ impl IntakeTask {
                 self.unsettled.tokens.push_back((inbox.next(), received.tokens));
             }
         }
-        self.take_rows(&decoded.rows, decoded.errors, ingest_us).await?;
+        self.take_in(lot).await;
         self.settle_now().await;
         Ok(())
     }
@@ -313,19 +330,23 @@ impl IntakeTask {
     /// Takes in records of an earlier run.
     async fn replay(&mut self) -> Phase {
         let Some(inbox) = &mut self.inbox else { return Phase::Running };
-        let taken = match blocking(|| inbox.replay()) {
-            Ok(None) => Ok(()),
-            Ok(Some((records, ingest_us))) => match self.decode(&records) {
-                Ok(decoded) => {
-                    self.clock.stamped(ingest_us);
-                    self.take_rows(&decoded.rows, decoded.errors, ingest_us).await
-                }
-                Err(error) => Err(error),
-            },
+        let lot = match blocking(|| inbox.replay()) {
+            Ok(None) => return Phase::Running,
+            Ok(Some((records, ingest_us))) => {
+                self.clock.stamped(ingest_us);
+                self.decoded(&records, ingest_us)
+            }
             Err(error) => Err(error),
         };
-        match taken {
-            Ok(()) => Phase::Running,
+        match lot {
+            Ok(lot) => {
+                self.take_in(lot).await;
+                // Not before: the next checkpoint passes them.
+                if let Some(inbox) = &mut self.inbox {
+                    inbox.replayed();
+                }
+                Phase::Running
+            }
             Err(error) => self.fail(&error).await,
         }
     }
@@ -334,8 +355,12 @@ impl IntakeTask {
         self.inbox.as_ref().is_some_and(Inbox::is_replaying)
     }
 
+    fn is_held(&self) -> bool {
+        *self.held.borrow() > 0
+    }
+
     fn has_room(&self) -> bool {
-        self.inbox.as_ref().is_none_or(|inbox| inbox.has_room() && !inbox.is_replaying())
+        !self.is_held() && self.inbox.as_ref().is_none_or(|inbox| inbox.has_room() && !inbox.is_replaying())
     }
 
     /// Does what had to wait for the disk.
@@ -379,33 +404,46 @@ impl IntakeTask {
         }
     }
 
-    fn decode(&mut self, records: &[Record]) -> Result<Decoded> {
+    fn decoded(&mut self, records: &[Record], ingest_us: i64) -> Result<Lot> {
         let decoder = self.decoder.as_mut().ok_or_else(|| Error::internal("a push source without a decoder"))?;
-        decoder.decode(records)
+        let decoded = decoder.decode(records)?;
+        self.prepare(&decoded.rows, decoded.errors, ingest_us)
     }
 
-    async fn take_rows(&mut self, rows: &RecordBatch, mut errors: Vec<RowError>, ingest_us: i64) -> Result<()> {
+    /// Makes rows ready for the graph, as a whole or not at all.
+    fn prepare(&mut self, rows: &RecordBatch, mut errors: Vec<RowError>, ingest_us: i64) -> Result<Lot> {
         if rows.num_rows() > 0 || !errors.is_empty() {
             self.clock.row_came();
         }
         let rows = self.drop_without_event_time(rows, &mut errors)?;
-        self.emit_errors(errors, ingest_us).await?;
+        let errors = self.error_rows(&errors, ingest_us)?;
+        let mut parts = Vec::new();
         let mut offset = 0;
         while offset < rows.num_rows() {
             let part = rows.slice(offset, BATCH_ROWS_MAX.min(rows.num_rows() - offset));
             offset += part.num_rows();
             let times = self.clock.times(&part, ingest_us)?;
-            let batch = Batch::new(part, times, Stage::Final)?;
+            parts.push((Batch::new(part, times, Stage::Final)?, self.clock.advanced()));
+        }
+        Ok(Lot { errors, parts })
+    }
+
+    /// Puts rows into the graph.
+    async fn take_in(&mut self, lot: Lot) {
+        if let Some(errors) = lot.errors {
+            self.error_batches += 1;
+            self.errors.send(Message::Batch(errors, self.error_batches)).await;
+        }
+        for (batch, watermark) in lot.parts {
             self.batches += 1;
             self.status.rows_out.fetch_add(batch.len() as u64, Relaxed);
             self.status.batches_out.fetch_add(1, Relaxed);
             self.status.event_us.store(self.clock.newest_us, Relaxed);
             self.rows.send(Message::Batch(batch, self.batches)).await;
-            if let Some(watermark) = self.clock.advanced() {
+            if let Some(watermark) = watermark {
                 self.rows.send(Message::Watermark(watermark)).await;
             }
         }
-        Ok(())
     }
 
     /// A row without event time belongs into no window: it is a row error.
@@ -423,8 +461,9 @@ impl IntakeTask {
         Ok(filter_record_batch(rows, &is_not_null(column)?)?)
     }
 
-    async fn emit_errors(&mut self, errors: Vec<RowError>, ingest_us: i64) -> Result<()> {
-        let Some(first) = errors.first() else { return Ok(()) };
+    /// Counts row errors and makes rows of them.
+    fn error_rows(&mut self, errors: &[RowError], ingest_us: i64) -> Result<Option<Batch>> {
+        let Some(first) = errors.first() else { return Ok(None) };
         self.status.errors.fetch_add(errors.len() as u64, Relaxed);
         if self.error_log.is_none_or(|at| at.elapsed() > ERROR_LOG_EVERY) {
             self.error_log = Some(Instant::now());
@@ -438,10 +477,7 @@ impl IntakeTask {
             Arc::new(errors.iter().map(|e| Some(e.payload.as_str())).collect::<StringArray>()),
         ];
         let times = Times::constant(ingest_us, ingest_us, i64::MIN, count);
-        let batch = Batch::new(RecordBatch::try_new(errors_schema(), columns)?, times, Stage::Final)?;
-        self.error_batches += 1;
-        self.errors.send(Message::Batch(batch, self.error_batches)).await;
-        Ok(())
+        Batch::new(RecordBatch::try_new(errors_schema(), columns)?, times, Stage::Final).map(Some)
     }
 
     async fn acknowledge(&mut self, tokens: &[u64]) {
@@ -471,9 +507,8 @@ impl IntakeTask {
     }
 
     async fn tick(&mut self, phase: Phase) {
-        if let Some(message) =
-            self.clock.tick(phase == Phase::Failed || (self.arrivals.is_empty() && !self.is_replaying()))
-        {
+        let has_all = self.arrivals.is_empty() && !self.is_replaying() && !self.is_held();
+        if let Some(message) = self.clock.tick(phase == Phase::Failed || has_all) {
             self.rows.send(message).await;
         }
     }
@@ -507,6 +542,7 @@ mod tests {
     use crate::plugin::{Acknowledger, Decoded, Pulled};
     use crate::runtime::clock::testing::{event_clock, rows};
     use crate::runtime::edge::Takes;
+    use crate::runtime::hold::Hold;
     use crate::runtime::queue::{Sender, queue};
     use crate::schema::{FieldType, schema_of};
     use crate::status::{NodeKind, Status, lock};
@@ -585,6 +621,7 @@ mod tests {
             delivery,
             inbox: None,
             unsettled: Unsettled::default(),
+            held: Hold::default().subscribe(),
         };
         Bench { task, arrivals, control, rows, errors, reports, told }
     }
@@ -667,8 +704,8 @@ mod tests {
         assert_eq!(*lock(&told), ["accepted [0, 1]"]);
         assert!(matches!(bench.task.status.state(), NodeState::Healthy));
         let Ok(Report::Prepared(_, 3, Ok(state))) = bench.reports.try_recv() else { panic!("no state") };
+        assert_eq!(state.inbox, Some(("inbox/inbox".to_owned(), 2)));
         let state = state.finish();
-        assert_eq!(IntakeTask::first_not_covered(&state).expect("a state"), Some(2));
 
         // After a crash what no checkpoint has is taken in again, before anything new and before a drain ends.
         bench.task.arrival(records(&["120", "130"])).await;
@@ -684,6 +721,30 @@ mod tests {
         control.send(Control::Barrier(Barrier { checkpoint: 4, last: true })).await.expect("room");
         after.task.run().await;
         assert_eq!(waiting(&mut after.rows), ["2: [120, 130]", "time 120", "closed", "barrier 4", "End"]);
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_taken_in_again_is_passed_by_no_checkpoint() {
+        let disk = SimulatedDisk::new(1);
+        let mut inbox = inbox(&disk, None).expect("an inbox");
+        for (at, text) in [(1, "100"), (2, "broken"), (3, "120")] {
+            let Arrival::Records(records) = records(&[text]) else { panic!("no records") };
+            inbox.append(records, at);
+            while inbox.durable() < inbox.next() {
+                inbox.changed().await;
+            }
+        }
+        drop(inbox);
+        let mut bench = bench(Delivery::Acknowledged);
+        bench.task.inbox = self::inbox(&disk, None);
+        for control in [Control::Close, Control::Barrier(Barrier { checkpoint: 4, last: true })] {
+            bench.control.send(control).await.expect("room");
+        }
+        bench.task.run().await;
+        assert!(matches!(bench.reports.try_recv(), Ok(Report::SourceFailed(_))));
+        let Ok(Report::Prepared(_, 4, Ok(state))) = bench.reports.try_recv() else { panic!("no state") };
+        assert_eq!(state.inbox, Some(("inbox/inbox".to_owned(), 1)));
+        assert_eq!(waiting(&mut bench.rows), ["1: [100]", "time 90", "closed", "barrier 4", "End"]);
     }
 
     #[tokio::test]

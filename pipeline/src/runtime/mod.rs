@@ -16,6 +16,7 @@ mod coordinator;
 pub mod doctor;
 mod edge;
 mod fresh;
+mod hold;
 mod inbox;
 pub mod inspect;
 mod intake_task;
@@ -58,6 +59,7 @@ use crate::time::now_us;
 use clock::SourceClock;
 use coordinator::{Commit, Control, Coordinator, Report, STOP_DEADLINE};
 use edge::{Inputs, Message, Outlet, Takes};
+use hold::Hold;
 use inbox::Inbox;
 use intake_task::{IntakeTask, Unsettled};
 use outbox::{DeliveryTask, Outbox};
@@ -155,7 +157,7 @@ impl Starter {
         })?;
         info!("listening on http://{listen}/");
         let disk: Arc<dyn Disk> = Arc::new(RealDisk);
-        let store = Store::open(&graph.state_dir)?;
+        let mut store = Store::open(&graph.state_dir)?;
         if options.fresh {
             match fresh::set_aside(&graph.state_dir, &graph.sinks)? {
                 Some(aside) => warn!(
@@ -214,6 +216,7 @@ impl Starter {
         }
 
         self.warn_of_lost_state(&nodes.fingerprints);
+        let left_inboxes = self.left_inboxes(&nodes)?;
         let next = (self.restored.number + 1).max(u64::try_from(now_us() / 1000).unwrap_or(1));
         let drain = self.options.drain;
         api::mount(&self.routes, &self.live, &self.history, summary, &self.options.pages);
@@ -232,6 +235,7 @@ impl Starter {
             outboxes: started.outboxes,
             reports,
             nodes: started.fingerprints,
+            left_inboxes,
             ended: BTreeSet::new(),
             failed: BTreeSet::new(),
         };
@@ -283,7 +287,8 @@ impl Starter {
     }
 
     fn warn_of_lost_state(&self, nodes: &BTreeMap<String, u64>) {
-        for key in self.restored.nodes.keys().filter(|key| !nodes.contains_key(*key)) {
+        let is_node = |key: &&String| !key.starts_with(INBOXES);
+        for key in self.restored.nodes.keys().filter(is_node).filter(|key| !nodes.contains_key(*key)) {
             warn!("{key} is no longer in the file: its state is dropped");
         }
         if self.restored.number > 0 {
@@ -370,15 +375,12 @@ impl Starter {
                 let folder = outbox_folder(&self.graph.state_dir, &sink.name);
                 let disk = Arc::clone(&self.disk);
                 let exactly_once = outbox_sink.is_exactly_once();
-                let outbox = Outbox::open(limits, exactly_once, sink_inputs, disk, &folder, self.graph.durability)
-                    .and_then(|outbox| {
-                        match state {
-                            Some(state) => outbox.restore(self.restored.number, state)?,
-                            None => outbox.clear()?,
-                        }
-                        Ok(Arc::new(outbox))
-                    });
-                let outbox = outbox.map_err(|e| e.context(&key))?;
+                let (durability, hold) = (self.graph.durability, nodes.hold.clone());
+                let outbox = Outbox::open(limits, exactly_once, sink_inputs, disk, &folder, durability, hold);
+                let outbox = Arc::new(outbox.map_err(|e| e.context(&key))?);
+                if let Some(state) = state {
+                    outbox.restore(self.restored.number, state).map_err(|e| e.context(&key))?;
+                }
                 nodes.commits.insert(key.clone(), commit.clone());
                 nodes.deliveries.push(DeliveryTask {
                     name: sink.name.clone(),
@@ -404,15 +406,29 @@ impl Starter {
         Ok(())
     }
 
+    /// The inboxes in the state folder that no source of this run has, and how far the restored checkpoint has each.
+    fn left_inboxes(&self, nodes: &Nodes) -> Result<BTreeMap<String, u64>> {
+        let taken_up: BTreeSet<&str> =
+            nodes.sources.iter().filter_map(|(intake, _)| Some(intake.inbox.as_ref()?.key())).collect();
+        let mut left = BTreeMap::new();
+        for folder in inspect::log_folders(&self.disk, &self.graph.state_dir.join("inbox"))? {
+            let key = key_of_inbox(&folder);
+            if !taken_up.contains(key.as_str())
+                && let Some(first) = first_not_covered(&self.restored, &folder)?
+            {
+                left.insert(key, first);
+            }
+        }
+        Ok(left)
+    }
+
     /// The inbox of a push source.
-    fn inbox(&self, source: &GraphSource, key: &str) -> Result<Inbox> {
+    fn inbox(&self, source: &GraphSource) -> Result<Inbox> {
         let folder = inbox_folder(&self.graph.state_dir, source);
-        let covered = match self.restored.nodes.get(key) {
-            Some((of, state)) if *of == source.fingerprint || folder.is_dir() => IntakeTask::first_not_covered(state)?,
-            _ => None,
-        };
+        let covered = first_not_covered(&self.restored, &folder)?;
         let receipts = || source.config.receipts();
-        let inbox = Inbox::open(Arc::clone(&self.disk), &folder, self.graph.durability, receipts, covered)?;
+        let inbox = Inbox::open(Arc::clone(&self.disk), &folder, self.graph.durability, receipts, covered)
+            .map_err(|e| e.context(format!("source {}: inbox `{}`", source.name, folder.display())))?;
         if inbox.is_replaying() {
             info!(
                 "source {}: {} rows of the inbox are in no checkpoint yet",
@@ -433,7 +449,7 @@ impl Starter {
     ) -> Result<()> {
         let key = key_of_source(source);
         let inbox = match source.shape.delivery {
-            Delivery::Acknowledged => Some(self.inbox(source, &key)?),
+            Delivery::Acknowledged => Some(self.inbox(source)?),
             Delivery::Replayable | Delivery::BestEffort | Delivery::Sampled => None,
         };
         nodes.fingerprints.insert(key.clone(), source.fingerprint);
@@ -466,6 +482,7 @@ impl Starter {
             delivery: source.shape.delivery,
             unsettled: Unsettled::default(),
             inbox,
+            held: nodes.hold.subscribe(),
         };
         if let Some(inbox) = &intake.inbox {
             intake.unsettled.cover(self.restored.number, inbox.taken());
@@ -497,6 +514,7 @@ struct Nodes {
     commits: BTreeMap<String, mpsc::Sender<Commit>>,
     others: Vec<mpsc::Sender<Commit>>,
     outboxes: Vec<Arc<Outbox>>,
+    hold: Hold,
     sources: Vec<(IntakeTask, ReaderTask)>,
     pipelines: Vec<PipelineTask>,
     sinks: Vec<SinkTask>,
@@ -527,6 +545,7 @@ impl Nodes {
             commits: BTreeMap::new(),
             others: Vec::new(),
             outboxes: Vec::new(),
+            hold: Hold::default(),
             sources: Vec::new(),
             pipelines: Vec::new(),
             sinks: Vec::new(),
@@ -598,6 +617,35 @@ fn what_it_keeps(key: &str) -> &'static str {
 /// could not read the records.
 fn inbox_folder(state_dir: &Path, source: &GraphSource) -> PathBuf {
     state_dir.join("inbox").join(format!("{}.{}", source.name, source.type_name))
+}
+
+/// Beginning of the keys of inboxes in a checkpoint.
+const INBOXES: &str = "inbox/";
+
+/// The name in a checkpoint of the inbox in `folder`. It stands there by itself, not in its source's state: the source may
+/// leave the file for a while, or have another type, and come back.
+fn key_of_inbox(folder: &Path) -> String {
+    let name = folder.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    format!("{INBOXES}{name}")
+}
+
+/// What a checkpoint says of an inbox: the first record that it does not have.
+fn inbox_entry(key: String, first: u64) -> (String, (u64, Vec<u8>)) {
+    (key, (0, first.to_le_bytes().to_vec()))
+}
+
+/// The first record of the inbox in `folder` that a checkpoint does not have, if it knows of that inbox.
+fn first_not_covered(checkpoint: &Checkpoint, folder: &Path) -> Result<Option<u64>> {
+    let key = key_of_inbox(folder);
+    if let Some((_, state)) = checkpoint.nodes.get(&key) {
+        return StateReader::new(state).u64().map(Some);
+    }
+    // In checkpoints of earlier versions it ends the state of the source, whose name stands before the type.
+    let source = key.trim_start_matches(INBOXES).split('.').next().unwrap_or_default();
+    match checkpoint.nodes.get(&format!("source/{source}")) {
+        Some((_, state)) => IntakeTask::place(state).map(|(_, first)| first),
+        None => Ok(None),
+    }
 }
 
 /// Where the outbox of a sink lies.

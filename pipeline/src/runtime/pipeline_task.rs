@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use super::coordinator::{Prepared, Report};
 use super::edge::{Barrier, Event, Inputs, Message, Outlet};
 use crate::batch::{Batch, Stage, Times};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::live::Live;
 use crate::plugin::{Operator, Output};
 use crate::state::{StateReader, StateWriter};
@@ -60,12 +60,13 @@ impl PipelineTask {
         loop {
             let event = self.inputs.next().await;
             self.status.queue.store(self.inputs.queued() as u64, Relaxed);
+            let rows = if let Event::Batch(_, batch, _) = &event { batch.len() as u64 } else { 0 };
             let result = match event {
                 Event::Batch(port, batch, _) if !self.failed => self.batch(port, batch),
                 Event::Watermark(port, time) if !self.failed => self.port_watermark(port, time),
                 Event::Idle(port, time) if !self.failed => self.port_idle(port, time),
-                Event::Batch(_, batch, _) => {
-                    self.status.dropped_rows.fetch_add(batch.len() as u64, Relaxed);
+                Event::Batch(..) => {
+                    self.status.dropped_rows.fetch_add(rows, Relaxed);
                     Ok(Vec::new())
                 }
                 Event::Watermark(..) | Event::Idle(..) => Ok(Vec::new()),
@@ -83,6 +84,7 @@ impl PipelineTask {
                 Err(error) => {
                     tracing::error!(pipeline = %self.name, "{error}; this pipeline stops, the others go on");
                     self.status.errors.fetch_add(1, Relaxed);
+                    self.status.dropped_rows.fetch_add(rows, Relaxed);
                     self.status.set_state(NodeState::Failed(error.to_string()));
                     self.failed = true;
                 }
@@ -257,16 +259,21 @@ impl PipelineTask {
             state.str(&port.from);
             state.i64(kept(port.watermark_us));
         }
-        state.u64(self.steps.len() as u64);
-        for step in &self.steps {
+        // After a failure in the middle of a batch the steps hold a part of it: nobody may go on from that.
+        let steps = if self.failed { &[] } else { self.steps.as_slice() };
+        state.u64(steps.len() as u64);
+        for step in steps {
             let Ok(()) = state.nested(|state| {
                 step.snapshot(state);
                 Ok::<(), Infallible>(())
             });
         }
         self.state_bytes = state.len();
-        let prepared = Prepared { state: state.finish(), latest: self.live.freeze(&self.name) };
-        let _ = self.reports.send(Report::Prepared(self.key.clone(), barrier.checkpoint, Ok(prepared))).await;
+        let prepared = match state.failure() {
+            Some(failure) => Err(Error::internal(failure)),
+            None => Ok(Prepared { state: state.finish(), latest: self.live.freeze(&self.name), ..Prepared::default() }),
+        };
+        let _ = self.reports.send(Report::Prepared(self.key.clone(), barrier.checkpoint, prepared)).await;
         self.outlet.send(Message::Barrier(barrier)).await;
     }
 
@@ -283,6 +290,13 @@ impl PipelineTask {
             self.ports.iter_mut().filter(|port| port.from == from).for_each(|port| port.watermark_us = time_us);
         }
         let steps = state.count()?;
+        if steps < self.steps.len() {
+            tracing::warn!(
+                pipeline = %self.name,
+                "it had failed before the last checkpoint: it starts anew; its open windows are lost, and so are the rows \
+                 that came after the failure"
+            );
+        }
         for index in 0..steps {
             let bytes = state.bytes()?;
             if let Some(step) = self.steps.get_mut(index) {
@@ -346,6 +360,7 @@ mod tests {
         /// How far below the watermark the rows may lie that it gives out later.
         behind_us: Option<i64>,
         watermark_us: i64,
+        unwritable: bool,
     }
 
     impl Operator for Step {
@@ -371,7 +386,10 @@ mod tests {
             self.behind_us.map(|behind_us| self.watermark_us.saturating_sub(behind_us))
         }
         fn snapshot(&self, state: &mut StateWriter) {
-            state.i64(self.watermark_us);
+            match self.unwritable {
+                true => state.attempt(|_| Err(Error::internal("too long"))),
+                false => state.i64(self.watermark_us),
+            }
         }
         fn restore(&mut self, state: &mut StateReader<'_>) -> Result<()> {
             self.watermark_us = state.i64()?;
@@ -572,9 +590,24 @@ mod tests {
         assert!(matches!(output.recv().await, Some(Message::Batch(batch, 1)) if batch.event_us() == [1]));
         assert!(matches!(output.recv().await, Some(Message::Barrier(one)) if one == barrier));
         assert!(matches!(output.recv().await, Some(Message::End)));
-        assert!(matches!(received.recv().await, Some(Report::Prepared(key, 1, Ok(_))) if key == "pipeline/p"));
+        let Some(Report::Prepared(key, 1, Ok(state))) = received.recv().await else { panic!("no state") };
+        assert_eq!(key, "pipeline/p");
         assert!(matches!(status.state(), NodeState::Failed(reason) if reason == "13"));
-        assert_eq!(status.dropped_rows.load(Relaxed), 2);
+        assert_eq!(status.dropped_rows.load(Relaxed), 3);
+        // What the step made of a part of its rows is not gone on from; the numbers of batches are.
+        let (mut after, _received) = self::task(&["a"], vec![Step { watermark_us: 5, ..Step::default() }]);
+        after.restore(&state.finish()).expect("a state");
+        let mut step = StateWriter::default();
+        after.steps[0].snapshot(&mut step);
+        assert_eq!((after.number, step.finish()), (1, 5i64.to_le_bytes().to_vec()));
+    }
+
+    #[tokio::test]
+    async fn a_step_whose_state_cannot_be_written_lets_no_checkpoint_pass() {
+        let (mut task, mut received) = task(&["a"], vec![Step { unwritable: true, ..Step::default() }]);
+        task.barrier(Barrier { checkpoint: 1, last: false }).await;
+        let Some(Report::Prepared(_, 1, Err(error))) = received.recv().await else { panic!("a state") };
+        assert_eq!(error.to_string(), "too long");
     }
 
     #[tokio::test]
@@ -592,7 +625,7 @@ mod tests {
         let latest = |task: &PipelineTask| task.live.latest("p").map(|latest| (latest.number, latest.rows));
         assert_eq!(latest(&other).expect("a metric"), (1, vec![([Box::from("1")].into(), "{\"n\":1}".into())]));
         // A checkpoint of before they were kept.
-        let latest = Prepared { state: Vec::new(), latest: one.live.freeze("p") };
+        let latest = Prepared { latest: one.live.freeze("p"), ..Prepared::default() };
         let length = state.len() - latest.finish().len();
         task(&["a", "b"], vec![Step::default()]).0.restore(&state[..length]).expect("a state");
         for (port, signal) in [(0, Time(15)), (1, rows(&[30], 20)), (0, Time(40))] {

@@ -3,7 +3,7 @@
 use super::STATE_VERSION;
 use crate::error::Result;
 use crate::log::Record;
-use crate::state::StateReader;
+use crate::state::{StateReader, StateWriter};
 
 /// What a checkpoint says of an outbox.
 pub(crate) struct Kept {
@@ -45,7 +45,7 @@ impl Kept {
 
     /// Rows of a record that are in the checkpoint and not delivered.
     pub(crate) fn rows_waiting(&self, record: &Record) -> Result<u64> {
-        let (metric, count) = metric_and_count(record)?;
+        let Told { metric, count, .. } = Told::of(record)?;
         Ok(if record.lsn < self.end { self.waiting(record, metric, count).1 } else { 0 })
     }
 
@@ -59,10 +59,25 @@ impl Kept {
     }
 }
 
-/// The metric of a record, and its rows.
-pub(super) fn metric_and_count(record: &Record) -> Result<(&str, u64)> {
-    let mut metadata = StateReader::new(&record.metadata);
-    let metric = metadata.str()?;
-    metadata.u64()?;
-    Ok((metric, metadata.u64()?))
+/// What a record says of its rows.
+pub(super) struct Told<'a> {
+    pub(super) metric: &'a str,
+    /// Number of the first one.
+    pub(super) first: u64,
+    pub(super) count: u64,
+}
+
+impl<'a> Told<'a> {
+    pub(super) fn of(record: &'a Record) -> Result<Self> {
+        let mut metadata = StateReader::new(&record.metadata);
+        Ok(Self { metric: metadata.str()?, first: metadata.u64()?, count: metadata.u64()? })
+    }
+
+    pub(super) fn write(&self) -> Vec<u8> {
+        let mut metadata = StateWriter::default();
+        metadata.str(self.metric);
+        metadata.u64(self.first);
+        metadata.u64(self.count);
+        metadata.finish()
+    }
 }

@@ -4,7 +4,7 @@
 //! its state how far each input was delivered: after a crash the log holds the rest. Beyond some memory the rows are
 //! in the log alone and are read back when their turn comes.
 //!
-//! Each input numbers its rows. Where the other side keeps the number of the last row it has ([exactly once]), only
+//! Each input numbers its rows, and a row keeps its number through restarts and losses. Where the other side keeps the number of the last row it has ([exactly once]), only
 //! rows of a durable checkpoint are delivered: a crash gives back the same rows under the same numbers. To others rows go
 //! at once, and again after a crash.
 //!
@@ -24,12 +24,13 @@ use arrow::array::RecordBatch;
 use arrow::compute::concat_batches;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep};
-use tracing::warn;
+use tracing::{info, warn};
 
 pub(crate) use delivery::DeliveryTask;
 pub(crate) use kept::Kept;
-use kept::metric_and_count;
+use kept::Told;
 
+use super::hold::{Held, Hold};
 use super::{blocking, is_true};
 use crate::batch::BATCH_ROWS_MAX;
 use crate::disk::Disk;
@@ -48,6 +49,9 @@ const MEMORY_BYTES_MAX: usize = 32 << 20;
 
 /// Bytes of rows that wait in memory alone; beyond, they go to the log before the checkpoint asks for it.
 const UNWRITTEN_BYTES_MAX: usize = 32 << 20;
+
+/// Bytes that one write to the log takes; what waits longer is written in several.
+const WRITE_BYTES_MAX: usize = 32 << 20;
 
 /// Bytes of one record of the log, at which no more rows join it: it is read back as a whole.
 const RECORD_BYTES_MAX: usize = 1 << 20;
@@ -78,6 +82,8 @@ pub(crate) struct Outbox {
     hurried: watch::Sender<bool>,
     /// Whether the sink has failed in a way that waiting does not mend.
     failing: watch::Sender<bool>,
+    /// Holds the sources back.
+    hold: Hold,
 }
 
 struct Inner {
@@ -92,6 +98,8 @@ struct Inner {
     memory: usize,
     unwritten: usize,
     draining: bool,
+    /// While it is full and sends its rows only after a checkpoint.
+    held: Option<Held>,
     /// Of each checkpoint that is not durable yet: the record after its last one.
     ends: VecDeque<(u64, u64)>,
     /// Of each checkpoint that is kept: the first record that it needs.
@@ -114,6 +122,8 @@ struct Waiting {
 struct Entry {
     /// `None`: in the log alone.
     rows: Option<RecordBatch>,
+    /// Number of the first row left.
+    first: u64,
     /// Rows left, and those before them that are delivered already.
     count: usize,
     skip: usize,
@@ -134,7 +144,8 @@ struct Delivery {
 }
 
 impl Outbox {
-    /// Opens the outbox in `folder`, empty: [`Self::restore`] follows, or [`Self::clear`].
+    /// Opens the outbox in `folder`, without the rows that are in it: [`Self::restore`] follows if a checkpoint names some. Those
+    /// that none names stay until the log is trimmed: an older checkpoint may.
     pub(crate) fn open(
         limits: BatchLimits,
         exactly_once: bool,
@@ -142,6 +153,7 @@ impl Outbox {
         disk: Arc<dyn Disk>,
         folder: &Path,
         durability: Durability,
+        hold: Hold,
     ) -> Result<Self> {
         let options = LogOptions { segment_bytes: SEGMENT_BYTES, durability };
         let (log, _) = Log::open(disk, folder, options)?;
@@ -158,6 +170,7 @@ impl Outbox {
             memory: 0,
             unwritten: 0,
             draining: false,
+            held: None,
             ends: VecDeque::new(),
             needed: VecDeque::new(),
         };
@@ -171,6 +184,7 @@ impl Outbox {
             empty: Notify::new(),
             hurried: watch::Sender::new(false),
             failing: watch::Sender::new(false),
+            hold,
         })
     }
 
@@ -185,9 +199,11 @@ impl Outbox {
             {
                 let mut inner = lock(&self.inner);
                 // Without rows to deliver there would never be room: the checkpoint that makes them ready comes behind these.
+                // The sources are held back then, so that only the few rows on their way come before it.
                 let is_full = inner.bytes >= self.bytes_max && inner.waiting.iter().any(|waiting| waiting.ready > 0);
                 if !is_full || *self.hurried.borrow() {
                     inner.add(input, rows.clone(), !self.exactly_once);
+                    self.hold_back(&mut inner);
                     if inner.unwritten > UNWRITTEN_BYTES_MAX {
                         // If the disk is full the checkpoint says so.
                         let _ = blocking(|| inner.write());
@@ -198,6 +214,19 @@ impl Outbox {
             room.await;
         }
         self.changed.notify_one();
+    }
+
+    /// Holds the sources back while it is full and its rows wait for a checkpoint, or lets go of them: else it would grow for
+    /// as long as no checkpoint can be written.
+    fn hold_back(&self, inner: &mut Inner) {
+        let is_full = self.exactly_once && inner.bytes >= self.bytes_max;
+        if is_full && inner.held.is_none() {
+            let folder = inner.log.folder().display();
+            warn!("`{folder}` is full of rows that wait for a checkpoint or their delivery: the sources are held back");
+            inner.held = Some(self.hold.hold());
+        } else if !is_full && inner.held.take().is_some() {
+            info!("`{}` has room again", inner.log.folder().display());
+        }
     }
 
     /// Whether only rows of a durable checkpoint are delivered.
@@ -288,13 +317,6 @@ impl Outbox {
         trimmed
     }
 
-    /// There is no checkpoint to go on from: what is in the log was never part of one.
-    pub(crate) fn clear(&self) -> Result<()> {
-        let mut inner = lock(&self.inner);
-        let first = inner.log.first_lsn();
-        inner.log.truncate(first)
-    }
-
     /// Takes over the state of checkpoint `checkpoint`, which is durable.
     pub(crate) fn restore(&self, checkpoint: u64, state: &[u8]) -> Result<()> {
         let mut inner = lock(&self.inner);
@@ -332,9 +354,7 @@ impl Outbox {
         let first = inner.waiting.iter().enumerate().filter_map(|(input, w)| Some((due(w)?, input))).min();
         match first {
             Some((at, input)) if at <= now => {
-                let rows = blocking(|| inner.front(input, limits.rows))?;
-                let waiting = &inner.waiting[input];
-                let first = waiting.next - waiting.rows as u64;
+                let (first, rows) = blocking(|| inner.front(input, limits.rows))?;
                 let delivery = Delivery { input, id: first + rows.num_rows() as u64, rows };
                 inner.in_flight = Some(delivery.clone());
                 Ok(Ok(delivery))
@@ -362,6 +382,7 @@ impl Outbox {
         let mut inner = lock(&self.inner);
         inner.in_flight = None;
         inner.take(delivery.input, delivery.rows.num_rows());
+        self.hold_back(&mut inner);
         if inner.is_empty() {
             self.empty.notify_waiters();
         }
@@ -385,10 +406,11 @@ impl Inner {
         self.unwritten += bytes;
         let count = rows.num_rows();
         let waiting = &mut self.waiting[input];
+        let (rows, since) = (Some(rows), Instant::now());
+        waiting.entries.push_back(Entry { rows, first: waiting.next, count, skip: 0, bytes, since, lsn: None });
         waiting.rows += count;
         waiting.ready += if ready { count } else { 0 };
         waiting.next += count as u64;
-        waiting.entries.push_back(Entry { rows: Some(rows), count, skip: 0, bytes, since: Instant::now(), lsn: None });
     }
 
     /// All rows are delivered, or wait for a checkpoint.
@@ -400,21 +422,16 @@ impl Inner {
     fn write(&mut self) -> Result<()> {
         for (input, waiting) in self.inputs.iter().zip(&mut self.waiting) {
             waiting.join()?;
-            let mut number = waiting.next;
-            for entry in waiting.entries.iter_mut().rev().take_while(|entry| entry.lsn.is_none()) {
-                number -= entry.count as u64;
-            }
             for entry in waiting.entries.iter_mut().skip_while(|entry| entry.lsn.is_some()) {
                 let Some(rows) = &entry.rows else { continue };
-                let mut metadata = StateWriter::default();
-                metadata.str(&input.metric);
-                metadata.u64(number);
-                metadata.u64(entry.count as u64);
+                let told = Told { metric: &input.metric, first: entry.first, count: entry.count as u64 };
                 let mut payload = StateWriter::default();
                 payload.batches(std::slice::from_ref(rows))?;
-                entry.lsn = Some(self.log.append(ROWS, now_us(), &metadata.finish(), &payload.finish()));
+                entry.lsn = Some(self.log.append(ROWS, now_us(), &told.write(), &payload.finish()));
                 self.unwritten -= entry.bytes;
-                number += entry.count as u64;
+                if self.log.buffered_bytes() >= WRITE_BYTES_MAX {
+                    self.log.commit(Vec::new)?;
+                }
             }
         }
         self.log.commit(Vec::new)?;
@@ -436,13 +453,16 @@ impl Inner {
         }
     }
 
-    /// At most `rows_max` rows from the front of an input, as one batch. They stay where they are.
-    fn front(&mut self, input: usize, rows_max: usize) -> Result<RecordBatch> {
+    /// At most `rows_max` rows from the front of an input, as one batch, and the number of the first. They follow each other
+    /// without a gap, and stay where they are.
+    fn front(&mut self, input: usize, rows_max: usize) -> Result<(u64, RecordBatch)> {
         let waiting = &mut self.waiting[input];
         let mut parts = Vec::new();
         let mut wanted = rows_max.max(1).min(waiting.ready);
+        let first = waiting.entries.front().map_or(waiting.next, |entry| entry.first);
+        let mut next = first;
         for entry in &mut waiting.entries {
-            if wanted == 0 {
+            if wanted == 0 || entry.first != next {
                 break;
             }
             let rows = match &entry.rows {
@@ -456,9 +476,10 @@ impl Inner {
             let count = entry.count.min(wanted);
             parts.push(rows.slice(0, count));
             wanted -= count;
+            next += count as u64;
         }
-        let first = parts.first().ok_or_else(|| Error::internal("nothing to deliver"))?;
-        Ok(concat_batches(first.schema_ref(), &parts)?)
+        let some = parts.first().ok_or_else(|| Error::internal("nothing to deliver"))?;
+        Ok((first, concat_batches(some.schema_ref(), &parts)?))
     }
 
     /// Removes rows from the front of an input: the other side has them.
@@ -481,6 +502,7 @@ impl Inner {
             }
             entry.rows = entry.rows.as_ref().map(|rows| rows.slice(taken, entry.count - taken));
             entry.count -= taken;
+            entry.first += taken as u64;
             entry.skip += taken;
             entry.bytes -= bytes;
         }
@@ -493,7 +515,7 @@ impl Inner {
         if self.log.next_lsn() < end {
             let here = self.log.next_lsn();
             warn!("{folder}: records {here} to {end} are gone: rows that waited for delivery are lost");
-            return self.log.skip_to(end);
+            self.log.pass_over(end)?;
         }
         self.log.truncate(end)?;
         let from = kept.needed();
@@ -504,8 +526,9 @@ impl Inner {
         let mut cursor = self.log.records_from(from.max(self.log.first_lsn()))?;
         let mut lost = 0;
         while let Some(record) = cursor.read()? {
-            let (metric, count) = metric_and_count(&record)?;
+            let Told { metric, first, count } = Told::of(&record)?;
             let (skip, count) = kept.waiting(&record, metric, count);
+            let first = first + skip;
             if count == 0 {
                 continue;
             }
@@ -520,7 +543,7 @@ impl Inner {
             let waiting = &mut self.waiting[input];
             waiting.rows += count;
             let lsn = Some(record.lsn);
-            waiting.entries.push_back(Entry { rows: None, count, skip, bytes, since: Instant::now(), lsn });
+            waiting.entries.push_back(Entry { rows: None, first, count, skip, bytes, since: Instant::now(), lsn });
         }
         Ok(())
     }

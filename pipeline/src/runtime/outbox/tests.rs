@@ -34,7 +34,9 @@ fn open(folder: &Path, rows: usize, every: Duration, metrics: &[&str], exactly_o
     let input = |metric: &&str| SinkInput { metric: (*metric).to_owned(), shape: shape.clone() };
     let inputs = metrics.iter().map(input).collect();
     let limits = BatchLimits { rows, every };
-    Outbox::open(limits, exactly_once, inputs, Arc::new(RealDisk), folder, Durability::Process).expect("an outbox")
+    let hold = Hold::default();
+    Outbox::open(limits, exactly_once, inputs, Arc::new(RealDisk), folder, Durability::Process, hold)
+        .expect("an outbox")
 }
 
 fn outbox(rows: usize, every: Duration, metrics: &[&str]) -> Bench {
@@ -165,6 +167,50 @@ async fn a_full_outbox_lets_rows_pass_that_its_next_checkpoint_stands_behind() {
     assert_eq!(delivered(&outbox), Some((0, vec![0, 1, 2])));
     assert_eq!(delivered(&outbox), None, "the next checkpoint has it");
     assert!(poll!(put.as_mut()).is_ready());
+}
+
+#[tokio::test]
+async fn rows_that_no_checkpoint_has_hold_the_sources_back_while_the_outbox_is_full() {
+    for (exactly_once, while_full) in [(true, 1), (false, 0)] {
+        let outbox = tiny(exactly_once);
+        let held = outbox.hold.subscribe();
+        assert_eq!(*held.borrow(), 0);
+        outbox.put(0, &rows([1])).await;
+        assert_eq!(*held.borrow(), while_full, "{exactly_once}");
+        prepared(&outbox, 1);
+        outbox.commit(1, 1).expect("room");
+        assert_eq!(*held.borrow(), while_full, "{exactly_once}: not delivered yet");
+        assert_eq!(delivered(&outbox), Some((0, vec![1])));
+        assert_eq!(*held.borrow(), 0);
+    }
+}
+
+#[tokio::test]
+async fn rows_that_are_lost_take_no_others_with_them_and_all_keep_their_numbers() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let before = open(folder.path(), 10, Duration::ZERO, &["m"], true);
+    for (checkpoint, values) in [(1, 0..2), (2, 2..4), (3, 4..6)] {
+        before.put(0, &rows(values)).await;
+        prepared(&before, checkpoint);
+    }
+    let state = prepared(&before, 4);
+    let first = lock(&before.inner).waiting[0].entries[0].first;
+    drop(before);
+    // As if the last commit was torn.
+    let mut log = Log::open(Arc::new(RealDisk), folder.path(), LogOptions::default()).expect("a log").0;
+    log.truncate(2).expect("cut");
+    drop(log);
+    let after = open(folder.path(), 10, Duration::ZERO, &["m"], true);
+    after.restore(4, &state).expect("a state");
+    after.put(0, &rows([9])).await;
+    prepared(&after, 5);
+    after.commit(5, 4).expect("room");
+    let mut seen = Vec::new();
+    while let Ok(delivery) = after.next().expect("no failure") {
+        after.done(&delivery);
+        seen.push((delivery.id - first, values(&delivery.rows)));
+    }
+    assert_eq!(seen, [(4, vec![0, 1, 2, 3]), (7, vec![9])]);
 }
 
 /// Ids and rows of deliveries.
@@ -339,7 +385,7 @@ async fn a_restored_outbox_goes_on_where_the_checkpoint_was_with_the_same_number
 }
 
 #[tokio::test]
-async fn a_log_that_no_checkpoint_needs_is_trimmed_and_one_without_a_checkpoint_is_emptied() {
+async fn a_log_that_no_checkpoint_needs_is_trimmed_and_one_that_none_names_is_passed_over() {
     let outbox = outbox(usize::MAX, Duration::ZERO, &["m"]);
     let batch = rows(0..8192);
     for checkpoint in 1..=600 {
@@ -353,11 +399,19 @@ async fn a_log_that_no_checkpoint_needs_is_trimmed_and_one_without_a_checkpoint_
     let folder = outbox.folder.path().to_owned();
     let Bench { outbox, folder: _kept } = outbox;
     drop(outbox);
+    // A start without a state for it: the checkpoints before may still be gone back to.
     let anew = open(&folder, 1, Duration::ZERO, &["m"], false);
-    anew.clear().expect("emptied");
     assert_eq!(anew.rows(), 0);
-    let inner = lock(&anew.inner);
-    assert_eq!(inner.log.first_lsn(), inner.log.next_lsn());
+    assert_eq!(lock(&anew.inner).log.first_lsn(), first);
+    anew.put(0, &rows([5])).await;
+    let state = prepared(&anew, 700);
+    anew.commit(700, 699).expect("room");
+    assert_eq!(delivered(&anew), Some((0, vec![5])));
+    drop(anew);
+    let after = open(&folder, 1, Duration::ZERO, &["m"], false);
+    after.restore(700, &state).expect("a state");
+    assert_eq!(delivered(&after), Some((0, vec![5])));
+    assert_eq!(delivered(&after), None);
 }
 
 #[tokio::test]

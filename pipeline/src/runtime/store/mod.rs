@@ -21,15 +21,15 @@ mod pieces;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::{File, TryLockError};
-use std::io;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tracing::warn;
 use xxhash_rust::xxh3::xxh3_128;
 
-use crate::disk::{Disk, RealDisk, remove_drafts, write_whole};
-use crate::error::{Error, Result};
+use crate::disk::{Disk, NotWritten, RealDisk, remove_drafts, write_whole};
+use crate::error::{Blame, Error, Result};
 use crate::state::{StateReader, StateWriter};
 pub(crate) use found::{Found, is_locked, is_of_checkpoints, read_all};
 use pieces::{Fresh, Piece, Pieces};
@@ -43,6 +43,8 @@ const PIECES: &str = ".pieces";
 const DAMAGED: &str = "damaged";
 /// A state of at most so many bytes lies in the manifest itself.
 const SMALL_BYTES_MAX: usize = 8 << 10;
+/// The error of a disk that cannot read a place, on every Unix.
+const EIO: i32 = 5;
 /// Checkpoints kept: the newest, and two to fall back to.
 const KEPT: usize = 3;
 
@@ -54,12 +56,13 @@ pub(crate) struct Checkpoint {
     pub(crate) nodes: BTreeMap<String, (u64, Vec<u8>)>,
 }
 
-/// The state folder, locked by this process.
+/// The state folder, locked by this process. What it knows of the pieces comes from checkpoints that it read whole or wrote
+/// itself: one that names a piece that is damaged or gone would be of no use, nor would any after it.
 #[derive(Debug)]
 pub(crate) struct Store {
     disk: Arc<dyn Disk>,
     dir: PathBuf,
-    /// Of the newest checkpoint.
+    /// Of the checkpoint that was taken up, or of the last one written.
     pieces: Pieces,
     /// The checkpoints that are kept, and the files of pieces that each names.
     kept: VecDeque<(u64, BTreeSet<u64>)>,
@@ -92,42 +95,45 @@ impl Store {
         };
         prepare().map_err(|error| failed(dir, error).fatal())?;
         let (pieces, kept) = (Pieces::default(), VecDeque::new());
-        let mut store = Self { disk, dir: dir.to_owned(), pieces, kept, _lock: lock };
-        store.look_around()?;
-        Ok(store)
+        Ok(Self { disk, dir: dir.to_owned(), pieces, kept, _lock: lock })
     }
 
-    /// Finds out which pieces are there, and removes files that no checkpoint names.
-    fn look_around(&mut self) -> Result<()> {
-        let mut all_told = true;
-        for (number, path) in self.list()? {
-            match self.manifest(&path) {
-                Ok(manifest) => {
-                    self.kept.push_back((number, manifest.files()));
-                    self.pieces.note(manifest.pieces());
-                }
-                // `latest` says so. A copy of it would need its pieces.
-                Err(_) => all_told = false,
-            }
-        }
-        if all_told { self.remove_unnamed() } else { Ok(()) }
-    }
-
-    /// The newest checkpoint that is whole. Damaged ones that are newer are set aside with a warning: once a run has gone on
-    /// from an older one, nothing may start from them, even if the disk gives them back, and they must not count as kept.
-    /// If none is whole all stay where they are, for the start that is refused.
-    pub(crate) fn latest(&self) -> Result<Option<Checkpoint>> {
+    /// Takes up the newest checkpoint that is whole. Damaged ones that are newer are set aside with a warning: once a run
+    /// has gone on from an older one, nothing may start from them, even if the disk gives them back, and they must not
+    /// count as kept. If none is whole all stay where they are, for the start that is refused.
+    ///
+    /// Errors: the disk's. One that cannot be read for now is not damaged.
+    pub(crate) fn latest(&mut self) -> Result<Option<Checkpoint>> {
         let mut damaged: Vec<(u64, PathBuf, Error)> = Vec::new();
-        for (number, path) in self.list()?.into_iter().rev() {
+        let mut older = self.list()?;
+        while let Some((number, path)) = older.pop() {
             match self.read(&path) {
-                Ok(checkpoint) => {
+                Ok((manifest, checkpoint)) => {
                     damaged.iter().for_each(|(number, path, error)| self.set_aside(*number, path, error));
+                    self.take_up(&manifest, &older, damaged.is_empty())?;
                     return Ok(Some(checkpoint));
                 }
-                Err(error) => damaged.push((number, path, error)),
+                Err(error) if error.blame == Blame::Internal => damaged.push((number, path, error)),
+                Err(error) => return Err(error.fatal()),
             }
         }
         Ok(None)
+    }
+
+    /// Goes on from a checkpoint: its pieces can be named again. Files that no checkpoint names are removed, unless one is
+    /// damaged: a copy of it would need its pieces.
+    fn take_up(&mut self, manifest: &Manifest, older: &[(u64, PathBuf)], mut all_told: bool) -> Result<()> {
+        self.pieces = Pieces::default();
+        self.pieces.note(manifest.pieces());
+        self.kept.clear();
+        for (number, path) in older {
+            match self.manifest(path) {
+                Ok(manifest) => self.kept.push_back((*number, manifest.files())),
+                Err(_) => all_told = false,
+            }
+        }
+        self.kept.push_back((manifest.number, manifest.files()));
+        if all_told { self.remove_unnamed() } else { Ok(()) }
     }
 
     fn set_aside(&self, number: u64, path: &Path, error: &Error) {
@@ -152,15 +158,18 @@ impl Store {
         }
         let pieces = self.path(checkpoint.number, PIECES);
         if !fresh.bytes.is_empty() {
-            self.put(&pieces, &fresh.bytes)?;
+            self.put(&pieces, &fresh.bytes).map_err(|failed| self.not_written(failed))?;
         }
-        if let Err(error) = self.put(&self.path(checkpoint.number, SUFFIX), &manifest.encode()) {
+        let written = self.put(&self.path(checkpoint.number, SUFFIX), &manifest.encode());
+        if let Err(NotWritten::Unchanged(_)) = written {
             // On a full disk it would only take room. If it stays: the next start removes it.
             let _ = self.disk.remove_if_there(&pieces);
-            return Err(error);
+        } else {
+            // It may be there even after an error: a start would take it, and needs what it names.
+            self.kept.push_back((checkpoint.number, manifest.files()));
         }
+        written.map_err(|failed| self.not_written(failed))?;
         self.pieces.note(manifest.pieces());
-        self.kept.push_back((checkpoint.number, manifest.files()));
         let list = self.list()?;
         let (old, kept) = list.split_at(list.len().saturating_sub(KEPT));
         for (_, path) in old {
@@ -176,11 +185,12 @@ impl Store {
     }
 
     /// Writes a file that is there as a whole or not at all.
-    fn put(&self, path: &Path, bytes: &[u8]) -> Result<()> {
-        let written = write_whole(&*self.disk, path, bytes);
-        written.map(drop).map_err(|error| {
-            Error::outside(format!("checkpoint in `{}`", self.dir.display())).because(io::Error::from(error))
-        })
+    fn put(&self, path: &Path, bytes: &[u8]) -> Result<(), NotWritten> {
+        write_whole(&*self.disk, path, bytes).map(drop)
+    }
+
+    fn not_written(&self, failed: NotWritten) -> Error {
+        Error::outside(format!("checkpoint in `{}`", self.dir.display())).because(io::Error::from(failed))
     }
 
     /// Removes the files of pieces that no kept checkpoint names.
@@ -225,20 +235,22 @@ impl Store {
     }
 
     fn manifest(&self, path: &Path) -> Result<Manifest> {
-        Manifest::decode(&self.disk.read(path).map_err(|error| failed(path, error))?)
+        Manifest::decode(&self.disk.read(path).map_err(|error| unreadable(path, error))?)
     }
 
-    fn read(&self, path: &Path) -> Result<Checkpoint> {
-        let Manifest { number, nodes } = self.manifest(path)?;
-        let mut whole = BTreeMap::new();
-        for (key, (fingerprint, state)) in nodes {
+    /// Errors: the disk's; and [`Blame::Internal`] if it is damaged.
+    fn read(&self, path: &Path) -> Result<(Manifest, Checkpoint)> {
+        let manifest = self.manifest(path)?;
+        let mut nodes = BTreeMap::new();
+        for (key, (fingerprint, state)) in &manifest.nodes {
             let state = match state {
-                State::Small(bytes) => bytes,
-                State::Pieces(pieces) => self.join(&pieces)?,
+                State::Small(bytes) => bytes.clone(),
+                State::Pieces(pieces) => self.join(pieces)?,
             };
-            whole.insert(key, (fingerprint, state));
+            nodes.insert(key.clone(), (*fingerprint, state));
         }
-        Ok(Checkpoint { number, nodes: whole })
+        let checkpoint = Checkpoint { number: manifest.number, nodes };
+        Ok((manifest, checkpoint))
     }
 
     /// The state that pieces make up.
@@ -247,7 +259,7 @@ impl Store {
         for piece in pieces {
             let path = self.path(piece.file, PIECES);
             let length = usize::try_from(piece.length).unwrap_or(usize::MAX);
-            let bytes = self.disk.read_range(&path, piece.offset, length).map_err(|error| failed(&path, error))?;
+            let bytes = self.disk.read_range(&path, piece.offset, length).map_err(|error| unreadable(&path, error))?;
             if xxh3_128(&bytes) != piece.hash {
                 return Err(Error::internal(format!(
                     "{}: the piece at byte {} is damaged",
@@ -263,6 +275,16 @@ impl Store {
 
 fn failed(path: &Path, error: io::Error) -> Error {
     Error::outside(format!("state: `{}`", path.display())).because(error)
+}
+
+/// What is gone, too short or on a bad place of the disk is damaged; another failure (too many open files, say) passes.
+fn unreadable(path: &Path, error: io::Error) -> Error {
+    // An offset that no file can have is an invalid input.
+    let is_gone = matches!(error.kind(), ErrorKind::NotFound | ErrorKind::UnexpectedEof | ErrorKind::InvalidInput);
+    if is_gone || error.raw_os_error() == Some(EIO) {
+        return Error::internal(format!("`{}`", path.display())).because(error);
+    }
+    failed(path, error)
 }
 
 /// What the file of a checkpoint says.
@@ -427,9 +449,9 @@ mod tests {
             if number % 20 == 0 {
                 drop(store);
                 store = Store::open(dir.path()).expect("store");
-                let list = store.list().expect("a list");
-                for (number, path) in list {
-                    assert_eq!(store.read(&path).expect("whole"), checkpoint_of(number, WORDS));
+                assert_eq!(store.latest().expect("latest"), Some(checkpoint_of(number, WORDS)));
+                for (number, path) in store.list().expect("a list") {
+                    assert_eq!(store.read(&path).expect("whole").1, checkpoint_of(number, WORDS));
                 }
             }
         }
@@ -450,7 +472,34 @@ mod tests {
         let middle = bytes.len() / 2;
         bytes[middle] ^= 1;
         fs::write(&path, &bytes).expect("write");
+        let mut store = {
+            drop(store);
+            Store::open(dir.path()).expect("store")
+        };
         assert_eq!(store.latest().expect("latest"), Some(checkpoint(1)));
+        // The same state again: no checkpoint may name the damaged piece, nor one that is gone.
+        let again = Checkpoint { number: 3, ..other };
+        store.write(&again).expect("written");
+        assert_eq!(store.latest().expect("latest"), Some(again.clone()));
+        fs::remove_file(store.path(3, SUFFIX)).expect("removed");
+        fs::remove_file(store.path(3, PIECES)).expect("removed");
+        assert_eq!(store.latest().expect("latest"), Some(checkpoint(1)));
+        let again = Checkpoint { number: 4, ..again };
+        store.write(&again).expect("written");
+        assert_eq!(store.latest().expect("latest"), Some(again));
+    }
+
+    #[test]
+    fn a_checkpoint_that_cannot_be_read_for_now_is_not_set_aside() {
+        let dir = tempfile::tempdir().expect("folder");
+        let mut store = Store::open(dir.path()).expect("store");
+        store.write(&checkpoint(1)).expect("written");
+        let path = store.path(2, SUFFIX);
+        // No way to read a folder as a file, and none that says the disk is damaged.
+        fs::create_dir(&path).expect("a folder");
+        let error = store.latest().expect_err("unreadable");
+        assert_eq!((error.blame, error.retry), (Blame::Outside, crate::error::Retry::Never), "{error}");
+        assert!(path.exists());
     }
 
     #[test]
@@ -521,7 +570,7 @@ mod tests {
                 let crc = crc32c::crc32c(&made_up[12..]).to_le_bytes();
                 made_up[8..12].copy_from_slice(&crc);
                 fs::write(dir.path().join("00000000000000000042.checkpoint"), &made_up).expect("written");
-                let store = Store::on(Arc::new(RealDisk), dir.path(), None).expect("store");
+                let mut store = Store::on(Arc::new(RealDisk), dir.path(), None).expect("store");
                 let _ = store.latest().expect("a list");
             }
         }
@@ -540,7 +589,8 @@ mod tests {
     }
 
     fn newest(disk: &SimulatedDisk) -> u64 {
-        let found = on(disk).expect("store").latest().expect("latest").unwrap_or_default();
+        let mut store = on(disk).expect("store");
+        let found = store.latest().expect("latest").unwrap_or_default();
         if found.number > 0 {
             assert_eq!(found, checkpoint(found.number));
         }
@@ -550,6 +600,9 @@ mod tests {
     /// Writes checkpoints until something fails: the newest that was written, and the one that was begun.
     fn write_some(disk: &SimulatedDisk, from: u64) -> (u64, u64) {
         let Ok(mut store) = on(disk) else { return (from, from) };
+        if store.latest().is_err() {
+            return (from, from);
+        }
         for number in from + 1..from + 6 {
             if store.write(&checkpoint(number)).is_err() {
                 return (number - 1, number);
