@@ -230,6 +230,12 @@ pub trait OutboxSink: Send {
         false
     }
 
+    /// The `id` of the last delivery of an input that the other side has, if it keeps it. Asked once, after the first
+    /// connection: the engine's numbers must not lie before it.
+    async fn last_delivery(&mut self, _input: usize) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
     /// Delivers one chunk of rows of one input, at most [`BatchLimits::rows`].
     ///
     /// `id` counts the rows of the input, up to and with the last one of these; it only grows. After a failure the same

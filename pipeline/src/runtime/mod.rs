@@ -387,6 +387,7 @@ impl Starter {
                     outbox: Arc::clone(&outbox),
                     sink: outbox_sink,
                     status: Arc::clone(&status),
+                    checked: false,
                 });
                 nodes.outboxes.push(Arc::clone(&outbox));
                 Running::Outbox(outbox)

@@ -19,6 +19,8 @@ pub(crate) struct DeliveryTask {
     pub(crate) outbox: Arc<Outbox>,
     pub(crate) sink: Box<dyn OutboxSink>,
     pub(crate) status: Arc<NodeStatus>,
+    /// Whether the other side knows of no row that it should not.
+    pub(crate) checked: bool,
 }
 
 impl DeliveryTask {
@@ -48,6 +50,14 @@ impl DeliveryTask {
     /// Connects and delivers until something fails.
     async fn connected(&mut self, back_off: &mut BackOff) -> Result<std::convert::Infallible> {
         self.sink.connect().await?;
+        if !self.checked {
+            for input in 0..self.outbox.inputs() {
+                if let Some(last) = self.sink.last_delivery(input).await? {
+                    self.outbox.check_numbers(input, last)?;
+                }
+            }
+            self.checked = true;
+        }
         self.status.set_state(NodeState::Healthy);
         self.outbox.failing.send_replace(false);
         loop {

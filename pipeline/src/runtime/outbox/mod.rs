@@ -114,6 +114,9 @@ struct Waiting {
     ready: usize,
     /// Number of the row that comes next.
     next: u64,
+    /// Number of the first row of this run, and whether it goes on from a checkpoint.
+    start: u64,
+    restored: bool,
     /// Reads back the rows that are in the log alone, in their order.
     cursor: Option<Cursor>,
 }
@@ -159,7 +162,15 @@ impl Outbox {
         let (log, _) = Log::open(disk, folder, options)?;
         // Numbers grow through restarts, so that a sink that remembers the last one never takes a new row for a repeated one.
         let next = u64::try_from(now_us()).unwrap_or(1);
-        let waiting = || Waiting { entries: VecDeque::new(), rows: 0, ready: 0, next, cursor: None };
+        let waiting = || Waiting {
+            entries: VecDeque::new(),
+            rows: 0,
+            ready: 0,
+            next,
+            start: next,
+            restored: false,
+            cursor: None,
+        };
         let waiting = inputs.iter().map(|_| waiting()).collect();
         let inner = Inner {
             log,
@@ -238,6 +249,11 @@ impl Outbox {
     pub(crate) fn hurry(&self) {
         self.hurried.send_replace(true);
         self.room.notify_waiters();
+    }
+
+    /// How many pipelines write here.
+    fn inputs(&self) -> usize {
+        lock(&self.inner).waiting.len()
     }
 
     /// Rows that are not delivered yet.
@@ -328,13 +344,36 @@ impl Outbox {
         let end = kept.end;
         for from in &kept.froms {
             if let Some(input) = inner.inputs.iter().position(|input| input.metric == from.metric) {
-                inner.waiting[input].next = from.next;
+                let waiting = &mut inner.waiting[input];
+                (waiting.next, waiting.start, waiting.restored) = (from.next, from.next, true);
             }
         }
         inner.read_log(&kept)?;
         inner.needed.push_back((checkpoint, kept.needed()));
         inner.waiting.iter_mut().for_each(|waiting| waiting.make_ready(end));
         Ok(())
+    }
+
+    /// Whether rows of this run would be taken for others: the other side has the rows of an input before number `last`.
+    fn check_numbers(&self, input: usize, last: u64) -> Result<()> {
+        let inner = lock(&self.inner);
+        let (metric, waiting) = (&inner.inputs[input].metric, &inner.waiting[input]);
+        if last <= waiting.start {
+            return Ok(());
+        }
+        let known = last - waiting.start;
+        if waiting.restored {
+            warn!(
+                "`{metric}`: the other side has {known} rows more than the checkpoint that this run goes on from: the next \
+                 {known} rows are taken for these. They are the same if one source gives its rows again in the same order"
+            );
+            return Ok(());
+        }
+        Err(Error::outside(format!(
+            "`{metric}`: the other side has rows up to number {last}, but this run begins with {}: the clock was set \
+             back, and its rows would be taken for repeated ones. Set the clock right and start with `pipeline run --fresh`",
+            waiting.start
+        )))
     }
 
     /// The next delivery, if one is due; else when to look again.

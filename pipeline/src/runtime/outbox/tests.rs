@@ -186,6 +186,23 @@ async fn rows_that_no_checkpoint_has_hold_the_sources_back_while_the_outbox_is_f
 }
 
 #[tokio::test]
+async fn rows_of_a_run_that_would_be_taken_for_others_are_told() {
+    let outbox = tiny(true);
+    outbox.put(0, &rows([1])).await;
+    let start = lock(&outbox.inner).waiting[0].start;
+    outbox.check_numbers(0, 0).expect("another table");
+    outbox.check_numbers(0, start).expect("a run before");
+    let error = outbox.check_numbers(0, start + 1).expect_err("a clock that was set back");
+    assert!(error.to_string().contains("the clock was set back") && error.to_string().contains("`m`"), "{error}");
+    // From a checkpoint before the last one: what was delivered after it comes again.
+    let state = prepared(&outbox, 1);
+    let after = open(outbox.folder.path(), 1, LONG, &["m"], true);
+    after.restore(1, &state).expect("a state");
+    assert_eq!(lock(&after.inner).waiting[0].start, start + 1);
+    after.check_numbers(0, start + 5).expect("a warning");
+}
+
+#[tokio::test]
 async fn rows_that_are_lost_take_no_others_with_them_and_all_keep_their_numbers() {
     let folder = tempfile::tempdir().expect("a folder");
     let before = open(folder.path(), 10, Duration::ZERO, &["m"], true);
@@ -248,7 +265,8 @@ async fn a_failed_delivery_comes_again_with_its_id_and_refused_rows_do_not() {
         let sink = Box::new(Fake { answers: answers.into(), seen: Arc::clone(&seen) });
         let status = Status::default().node(NodeKind::Sink, "s", "");
         let shared = Arc::clone(&outbox.outbox);
-        let task = DeliveryTask { name: "s".to_owned(), outbox: shared, sink, status: Arc::clone(&status) };
+        let task =
+            DeliveryTask { name: "s".to_owned(), outbox: shared, sink, status: Arc::clone(&status), checked: false };
         outbox.put(0, &rows(0..2)).await;
         tokio::select! {
             () = task.run() => panic!("{case}: the task ends"),
