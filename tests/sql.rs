@@ -588,6 +588,7 @@ async fn a_repeated_delivery_is_passed_over_and_a_key_is_replaced() {
         let mut restarted = sink(&db, "table: t", &batch).await;
         restarted.deliver(0, &newer, 7).await.expect("passed over after a restart");
         restarted.deliver(0, &newer, 8).await.expect("delivered");
+        assert_eq!(restarted.last_delivery(0).await.expect("a number"), Some(8), "{kind}");
         assert_eq!(db.rows(all, shown).await, [r#"{"id":"b","n":9}"#, r#"{"id":"b","n":9}"#], "{kind}");
         // Cut otherwise after a restart: the first two rows are known, the third is not.
         restarted.deliver(0, &batch, 9).await.expect("delivered");
@@ -597,6 +598,7 @@ async fn a_repeated_delivery_is_passed_over_and_a_key_is_replaced() {
         twice.deliver(0, &newer, 1).await.expect("delivered");
         twice.deliver(0, &newer, 1).await.expect("delivered again");
         assert_eq!(db.rows(all, shown).await.len(), 5, "{kind}");
+        assert_eq!(twice.last_delivery(0).await.expect("connected"), None, "{kind}");
     }
 }
 

@@ -1,4 +1,4 @@
-//! Queues between tasks, bounded by what waits in them: messages, and the rows these hold.
+//! Queues between tasks, bounded by what waits in them: messages, and the rows these hold, of which large ones count more.
 //!
 //! A bound on messages alone would let a queue of full batches hold a hundred times the rows of a queue of small
 //! ones; under load each barrier, and the stop, would wait behind all of them.
@@ -14,6 +14,14 @@ use crate::batch::BATCH_ROWS_MAX;
 /// Rows that wait in one queue: a full batch for the consumer to take up next, and one more for the producer to lay
 /// down meanwhile. At this limit the producer waits.
 pub(crate) const QUEUE_ROWS_MAX: usize = 2 * BATCH_ROWS_MAX;
+
+/// A row of more bytes than this takes the room of several.
+const ROW_BYTES: usize = 4 << 10;
+
+/// The room that rows of so many bytes in all take in a queue.
+pub(crate) fn room(rows: usize, bytes: usize) -> usize {
+    rows.max(bytes / ROW_BYTES)
+}
 
 /// A new queue of at most `messages` messages and [`QUEUE_ROWS_MAX`] rows.
 pub(crate) fn queue<T>(messages: usize) -> (Sender<T>, Receiver<T>) {
@@ -105,6 +113,15 @@ mod tests {
     use futures::poll;
 
     use super::*;
+
+    #[test]
+    fn large_rows_take_the_room_of_several() {
+        for (rows, bytes, expected) in
+            [(0, 0, 0), (8192, 100 * 8192, 8192), (512, 512 * 150_000, 18_750), (1, 5_000, 1)]
+        {
+            assert_eq!(room(rows, bytes), expected, "{rows} rows of {bytes} bytes");
+        }
+    }
 
     #[tokio::test]
     async fn rows_bound_a_queue_and_signals_pass() {

@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
 
 use super::back_off::BackOff;
-use super::queue::Sender;
+use super::queue::{Sender, room};
 use crate::error::{Error, Retry};
 use crate::plugin::{Acknowledger, PullReader, Pulled, PushReader, Reader, Record, Schedule, Source};
 use crate::status::{NodeState, NodeStatus};
@@ -156,8 +156,9 @@ impl ReaderTask {
             match reader.next().await {
                 Ok(records) => {
                     self.status.polls.fetch_add(1, Relaxed);
-                    let rows = records.len();
-                    if self.arrivals.send(Arrival::Records(records), rows).await.is_err() {
+                    let bytes = records.iter().map(|record| record.payload.len()).sum();
+                    let room = room(records.len(), bytes);
+                    if self.arrivals.send(Arrival::Records(records), room).await.is_err() {
                         return Stop::Closed;
                     }
                 }
@@ -200,7 +201,8 @@ impl ReaderTask {
             }
             self.position = Some(pulled.position.clone());
             let rows = pulled.rows.num_rows() + pulled.errors.len();
-            if self.arrivals.send(Arrival::Rows(pulled), rows).await.is_err() {
+            let room = room(rows, pulled.rows.get_array_memory_size());
+            if self.arrivals.send(Arrival::Rows(pulled), room).await.is_err() {
                 return Stop::Closed;
             }
         }

@@ -281,6 +281,13 @@ impl OutboxSink for SqlSink {
         self.deliveries.is_some()
     }
 
+    async fn last_delivery(&mut self, input: usize) -> Result<Option<u64>> {
+        let (Some(deliveries), Some(open)) = (&self.deliveries, &mut self.open) else { return Ok(None) };
+        let line = [self.name.as_str(), self.inputs[input].as_str()];
+        let last = open.connection.number(&self.server.last_delivery(deliveries), line).await?;
+        Ok(last.and_then(|last| u64::try_from(last).ok()))
+    }
+
     async fn deliver(&mut self, input: usize, rows: &RecordBatch, id: u64) -> Result<()> {
         // Taken out: if this future is dropped or fails half-way, the connection with its open transaction goes too.
         let mut open = self.open.take().ok_or_else(|| Error::outside("not connected"))?;
