@@ -173,6 +173,25 @@ pub(super) fn proof_of_durability(bytes: &[u8], offset: u64, lsn: u64) -> Option
     })
 }
 
+/// The bytes of a segment with the checksums that fit them, as far as groups can be told in it.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn resealed(bytes: &[u8]) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    let Ok(mut at) = segment_header_length(&bytes) else { return bytes };
+    if at > bytes.len() {
+        return bytes;
+    }
+    let crc = crc32c::crc32c_append(crc32c::crc32c(&bytes[8..24]), &bytes[SEGMENT_HEADER..at]);
+    bytes[24..28].copy_from_slice(&crc.to_le_bytes());
+    while let Ok(GroupHeader { length, first_lsn, count, synced }) = group_header(&bytes[at..])
+        && let Some(group) = bytes.get_mut(at..at + length)
+    {
+        seal(group, at as u64, first_lsn, count, synced);
+        at += length;
+    }
+    bytes
+}
+
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
     let mut four = [0; 4];
     four.copy_from_slice(&bytes[at..at + 4]);

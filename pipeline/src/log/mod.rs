@@ -67,6 +67,8 @@ use serde::Deserialize;
 use tracing::warn;
 
 pub use self::cursor::Cursor;
+#[cfg(any(test, fuzzing))]
+pub(crate) use self::format::resealed;
 use self::format::{GROUP_BYTES_MAX, GROUP_HEADER};
 use self::groups::Groups;
 pub use self::recovery::{Damage, Report, Segment, inspect};

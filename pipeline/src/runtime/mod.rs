@@ -16,6 +16,8 @@ mod coordinator;
 pub mod doctor;
 mod edge;
 mod fresh;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod hold;
 mod inbox;
 pub mod inspect;

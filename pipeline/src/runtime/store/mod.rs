@@ -86,7 +86,7 @@ impl Store {
         }
     }
 
-    fn on(disk: Arc<dyn Disk>, dir: &Path, lock: Option<File>) -> Result<Self> {
+    pub(super) fn on(disk: Arc<dyn Disk>, dir: &Path, lock: Option<File>) -> Result<Self> {
         let prepare = || {
             disk.create_folder(dir)?;
             remove_drafts(&*disk, dir)?;
@@ -235,7 +235,11 @@ impl Store {
     }
 
     fn manifest(&self, path: &Path) -> Result<Manifest> {
-        Manifest::decode(&self.disk.read(path).map_err(|error| unreadable(path, error))?)
+        let manifest = Manifest::decode(&self.disk.read(path).map_err(|error| unreadable(path, error))?)?;
+        if self.path(manifest.number, SUFFIX) != path {
+            return Err(Error::internal(format!("it is checkpoint {}, under another name", manifest.number)));
+        }
+        Ok(manifest)
     }
 
     /// Errors: the disk's; and [`Blame::Internal`] if it is damaged.
@@ -289,8 +293,8 @@ fn unreadable(path: &Path, error: io::Error) -> Error {
 
 /// What the file of a checkpoint says.
 #[derive(Debug)]
-struct Manifest {
-    number: u64,
+pub(super) struct Manifest {
+    pub(super) number: u64,
     /// Per node: its fingerprint and its state.
     nodes: BTreeMap<String, (u64, State)>,
 }
@@ -317,7 +321,7 @@ impl Manifest {
         self.pieces().map(|piece| piece.file).collect()
     }
 
-    fn encode(&self) -> Vec<u8> {
+    pub(super) fn encode(&self) -> Vec<u8> {
         let mut body = StateWriter::default();
         body.u64(self.number);
         body.u64(self.nodes.len() as u64);
@@ -343,7 +347,7 @@ impl Manifest {
         bytes
     }
 
-    fn decode(bytes: &[u8]) -> Result<Self> {
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self> {
         let (magic, rest) = bytes.split_first_chunk::<8>().ok_or_else(|| Error::internal("it is cut off"))?;
         if magic != MAGIC && magic != FIRST_MAGIC {
             return Err(Error::internal("not a checkpoint of this version, or of one before"));
@@ -376,12 +380,22 @@ impl Manifest {
     }
 }
 
+/// The bytes of a manifest with the checksum that fits them.
+#[cfg(any(test, fuzzing))]
+pub(super) fn resealed(bytes: &[u8]) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    if let Some((head, body)) = bytes.split_first_chunk_mut::<12>() {
+        head[8..].copy_from_slice(&crc32c::crc32c(body).to_le_bytes());
+    }
+    bytes
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
 
     use super::*;
-    use crate::disk::simulated::{Random, SimulatedDisk};
+    use crate::disk::simulated::SimulatedDisk;
 
     /// A large state of which a tenth changes each time.
     fn large(number: u64, words: u32) -> Vec<u8> {
@@ -481,7 +495,8 @@ mod tests {
         let again = Checkpoint { number: 3, ..other };
         store.write(&again).expect("written");
         assert_eq!(store.latest().expect("latest"), Some(again.clone()));
-        fs::remove_file(store.path(3, SUFFIX)).expect("removed");
+        // Nor does a copy under another name count.
+        fs::rename(store.path(3, SUFFIX), store.path(30, SUFFIX)).expect("renamed");
         fs::remove_file(store.path(3, PIECES)).expect("removed");
         assert_eq!(store.latest().expect("latest"), Some(checkpoint(1)));
         let again = Checkpoint { number: 4, ..again };
@@ -548,7 +563,7 @@ mod tests {
     }
 
     #[test]
-    fn no_damaged_manifest_is_read_and_none_that_was_made_up_does_harm() {
+    fn no_damaged_manifest_is_read() {
         for entry in fs::read_dir(corpus()).expect("the corpus") {
             let bytes = fs::read(entry.expect("an entry").path()).expect("a file");
             for bit in 0..bytes.len() * 8 {
@@ -557,21 +572,6 @@ mod tests {
                 // The digit of the version alone is not under the checksum.
                 let read = Manifest::decode(&flipped);
                 assert!(read.is_err() || bit / 8 == 7, "bit {bit}");
-            }
-            let dir = tempfile::tempdir().expect("folder");
-            fs::write(dir.path().join("00000000000000000004.pieces"), [7; 100]).expect("written");
-            let mut random = Random::new(1);
-            for _ in 0..3_000 {
-                let mut made_up = bytes.clone();
-                for _ in 0..=random.below(4) {
-                    let at = 12 + random.below(made_up.len() as u64 - 12) as usize;
-                    made_up[at] = [0, 1, 0xff, random.below(256) as u8][random.below(4) as usize];
-                }
-                let crc = crc32c::crc32c(&made_up[12..]).to_le_bytes();
-                made_up[8..12].copy_from_slice(&crc);
-                fs::write(dir.path().join("00000000000000000042.checkpoint"), &made_up).expect("written");
-                let mut store = Store::on(Arc::new(RealDisk), dir.path(), None).expect("store");
-                let _ = store.latest().expect("a list");
             }
         }
     }
