@@ -281,7 +281,14 @@ fn a_damaged_newest_checkpoint_is_told_and_a_start_takes_the_one_before() {
     assert_eq!(taken, [&json!(false), &json!(true), &json!(false)], "{shown}");
     let program = start_again(folder, &graph(OFTEN), &[]);
     assert!(program.process.printed().contains(&format!("going on from checkpoint {before}")));
-    assert_eq!(values(program.stop().path()), [1, 2]);
+    let folder = program.stop();
+    assert_eq!(values(folder.path()), [1, 2]);
+    let (found, _) = run(folder.path(), &["doctor"], 0);
+    let aside = name(&all[2].with_extension("damaged"));
+    assert!(
+        found.contains(&format!("note: `./state/{aside}`: a checkpoint that was damaged when a run started")),
+        "{found}"
+    );
 }
 
 #[test]

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use super::fresh::ASIDE;
 use super::inspect::{covered, kept, logs, newest, sink_of, source_of};
 use super::key_of_sink;
-use super::store::{Checkpoint, Found, Store, is_locked, read_all};
+use super::store::{Checkpoint, Found, Store, is_locked, is_set_aside, read_all};
 use crate::disk::{Disk, Entry, RealDisk};
 use crate::error::{Error, Result};
 use crate::graph::{Graph, GraphSink};
@@ -90,6 +90,13 @@ pub fn examine(graph: &Graph) -> Result<Examined> {
     let found = read_all(&graph.state_dir)?;
     let taken = newest(&found);
     examined.checkpoints(&found, taken);
+    for entry in list(&graph.state_dir).map_err(|error| Error::outside("the state cannot be listed").because(error))? {
+        if is_set_aside(&entry.name) {
+            let path = graph.state_dir.join(&entry.name);
+            let what = "a checkpoint that was damaged when a run started, and went on from the one before";
+            examined.note(&path, what, "no start takes it any more: remove it when nobody wants to look at it");
+        }
+    }
     for (folder, report) in &inboxes {
         examined.inbox(graph, folder, report, taken);
     }
@@ -203,7 +210,8 @@ impl Examined {
             }
             let advice = match damage.torn {
                 true => {
-                    "what a crash left of a commit that never came back, nobody was told of it: the next start cuts it off"
+                    "what a crash left of a commit that never came back, of which nobody was told: the next start cuts it off. If \
+                     there was no crash, the disk has damaged it: put back a copy of the folder"
                 }
                 false => {
                     "records that were safe cannot be read and a start is refused: put back a copy of the folder, or \

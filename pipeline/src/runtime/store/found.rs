@@ -61,7 +61,12 @@ pub(crate) fn read_all(dir: &Path) -> Result<Vec<Found>> {
 
 /// Whether a name in the state folder belongs to the checkpoints.
 pub(crate) fn is_of_checkpoints(name: &str) -> bool {
-    [SUFFIX, PIECES].iter().any(|suffix| name.ends_with(suffix)) || name.ends_with(&format!(".{DAMAGED}"))
+    [SUFFIX, PIECES].iter().any(|suffix| name.ends_with(suffix)) || is_set_aside(name)
+}
+
+/// Whether a name in the state folder is of a checkpoint that was damaged when a run started.
+pub(crate) fn is_set_aside(name: &str) -> bool {
+    name.ends_with(&format!(".{DAMAGED}"))
 }
 
 /// Whether a process runs on a state folder.

@@ -31,7 +31,7 @@ use xxhash_rust::xxh3::xxh3_128;
 use crate::disk::{Disk, NotWritten, RealDisk, remove_drafts, write_whole};
 use crate::error::{Blame, Error, Result};
 use crate::state::{StateReader, StateWriter};
-pub(crate) use found::{Found, is_locked, is_of_checkpoints, read_all};
+pub(crate) use found::{Found, is_locked, is_of_checkpoints, is_set_aside, read_all};
 use pieces::{Fresh, Piece, Pieces};
 
 const MAGIC: &[u8; 8] = b"TAILWCK2";
