@@ -74,6 +74,10 @@ absent: then the rows go on as they are. Expressions are SQL over the columns, t
 `to` names sinks. The pipeline's name is the name of its metric, its topic for live clients and its table in history. `key`
 says which columns tell one thing (a device) from another where no window does: live clients filter by them, and the latest
 row is kept for each.
+
+## Fails when
+A step meets a limit of its own (its page says which). The pipeline stops, the others go on; its rows are counted as dropped and
+`/health` says why. The next start begins it anew, and says that its open windows and the rows since the failure are lost.
 ";
 
 const PIPELINE_EXAMPLE: &str = "\
@@ -105,7 +109,9 @@ An outbox holds 1 GiB. A full one pushes back to the sources; nothing is dropped
 
 ## Fails when
 The other side is away: `/health` says so, and the engine tries again with back-off (0.1 s, doubling to 15 s). Rows that the
-other side refuses for good are counted as errors, and the others go on.
+other side refuses for good are counted as errors, and the others go on. A start from an older checkpoint, because the newest
+was damaged: what was delivered after it is known to a sink that takes each row once by the number of rows alone, so it
+gets the right ones only if they come again in the same order (one source that reads again); it says how many these are.
 ";
 
 const SINK_EXAMPLE: &str = "\
