@@ -124,7 +124,7 @@ impl IntakeTask {
                 () = async {}, if phase == Phase::Running && self.is_replaying() && !self.is_held() => {
                     phase = self.replay().await;
                 }
-                arrival = self.arrivals.recv(), if phase == Phase::Running && self.has_room() => {
+                arrival = self.arrivals.recv(), if phase == Phase::Running && self.has_room() && !self.is_held() => {
                     phase = self.arrival(arrival.unwrap_or(Arrival::Ended)).await;
                 }
                 _ = tick.tick(), if phase != Phase::Ended => self.tick(phase).await,
@@ -360,7 +360,7 @@ impl IntakeTask {
     }
 
     fn has_room(&self) -> bool {
-        !self.is_held() && self.inbox.as_ref().is_none_or(|inbox| inbox.has_room() && !inbox.is_replaying())
+        self.inbox.as_ref().is_none_or(|inbox| inbox.has_room() && !inbox.is_replaying())
     }
 
     /// Does what had to wait for the disk.
@@ -821,6 +821,26 @@ mod tests {
             assert_eq!(after.task.restore(&state).expect("a state"), Some(vec![position]), "{delivery:?}");
             assert_eq!(after.task.clock.newest_us, bench.task.clock.newest_us, "{delivery:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_source_that_is_held_back_takes_nothing_in_and_answers_checkpoints() {
+        let hold = Hold::default();
+        let Bench { mut task, arrivals, control, mut rows, errors: _errors, mut reports, told: _told } =
+            bench(Delivery::Replayable);
+        task.held = hold.subscribe();
+        let held = hold.hold();
+        arrivals.send(pulled(&[100], 1), 1).await.expect("room");
+        let barrier = |checkpoint, last| Control::Barrier(Barrier { checkpoint, last });
+        control.send(barrier(1, false)).await.expect("room");
+        let running = tokio::spawn(task.run());
+        assert!(matches!(reports.recv().await, Some(Report::Prepared(_, 1, Ok(_)))));
+        assert_eq!(waiting(&mut rows), ["barrier 1"]);
+        drop(held);
+        assert!(matches!(rows.recv().await, Some(Message::Batch(_, 1))));
+        control.send(barrier(2, true)).await.expect("room");
+        running.await.expect("a clean end");
+        assert_eq!(waiting(&mut rows), ["time 90", "barrier 2", "End"]);
     }
 
     #[tokio::test]
