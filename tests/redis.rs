@@ -452,10 +452,16 @@ async fn tls_trusts_the_named_authority_and_nobody_else() {
 
 /// A sink over the columns `device: string, n: int, x: float`.
 async fn sink(server: &Redis, yaml: &str) -> Box<dyn OutboxSink> {
+    sink_of(server, yaml, &["load"]).await
+}
+
+/// A sink over pipelines of these names.
+async fn sink_of(server: &Redis, yaml: &str, metrics: &[&str]) -> Box<dyn OutboxSink> {
     let mut problems = Problems::default();
     let node = tree::parse(&format!("url: {}\n{yaml}", server.url())).expect("YAML");
     let shape = StreamShape { schema: sink_rows(&[]).schema(), keys: Vec::new(), windowed: false };
-    let inputs = vec![SinkInput { metric: "load".to_owned(), shape }];
+    let input = |metric: &&str| SinkInput { metric: (*metric).to_owned(), shape: shape.clone() };
+    let inputs: Vec<SinkInput> = metrics.iter().map(input).collect();
     let mut cx = CheckContext::new(&mut problems, "sink test", Position::default(), Path::new("."));
     let options = deserialize::read::<SinkOptions>(&node, &mut cx);
     let checked = options.filter(|options| options.check(&inputs, &mut cx).is_some());
@@ -552,6 +558,56 @@ async fn a_repeated_delivery_is_skipped_where_asked_even_after_a_restart() {
     assert_eq!(server.command(&["GET", "plain"]), "4");
 }
 
+/// After a broken path the system goes on sending what an earlier connection had written, so that its transaction may
+/// reach the server when the next connection is long in use. To the server that is a connection that reads, another one
+/// that writes, and then the write of the first.
+#[tokio::test]
+async fn a_delivery_of_an_earlier_connection_that_arrives_late_does_nothing() {
+    let server = Redis::start();
+    let yaml = "write: {increment: total}\nexactly_once: true";
+    let overtaken = |error: Error| {
+        assert!(is_retried(&error) && error.to_string().contains("another connection wrote"), "{error}");
+    };
+    for start in [0, 4] {
+        // The next connection came first: what the earlier one sent does nothing.
+        let mut earlier = sink(&server, yaml).await;
+        let mut next = sink(&server, yaml).await;
+        next.deliver(0, &sink_rows(&TWO_ROWS), start + 2).await.expect("delivered");
+        overtaken(earlier.deliver(0, &sink_rows(&TWO_ROWS), start + 2).await.expect_err("done by the other"));
+        assert_eq!(server.command(&["GET", "total"]), (start + 2).to_string());
+        // The earlier one came first, this time with a number that it had from its own delivery.
+        earlier.connect().await.expect("a connection");
+        for id in [start + 2, start + 4] {
+            earlier.deliver(0, &sink_rows(&TWO_ROWS), id).await.expect("known, or delivered");
+        }
+        overtaken(next.deliver(0, &sink_rows(&TWO_ROWS), start + 4).await.expect_err("done by the other"));
+        let error = next.deliver(0, &sink_rows(&TWO_ROWS), start + 4).await.expect_err("not connected again");
+        assert!(is_retried(&error), "{error}");
+        next.connect().await.expect("a connection");
+        next.deliver(0, &sink_rows(&TWO_ROWS), start + 4).await.expect("known");
+        assert_eq!(server.command(&["GET", "total"]), (start + 4).to_string());
+        assert_eq!(server.command(&["GET", "tailwater:out:load"]), (start + 4).to_string());
+    }
+}
+
+#[tokio::test]
+async fn a_late_delivery_for_one_pipeline_is_not_mistaken_for_one_of_another() {
+    let server = Redis::start();
+    let yaml = "write: {increment: \"total:{metric}\"}\nexactly_once: true";
+    let inputs = ["load", "other"];
+    let mut earlier = sink_of(&server, yaml, &inputs).await;
+    let mut next = sink_of(&server, yaml, &inputs).await;
+    earlier.deliver(1, &sink_rows(&TWO_ROWS), 2).await.expect("delivered");
+    // Nothing of this pipeline was delivered, but the connection no longer knows what is there.
+    let error = next.deliver(0, &sink_rows(&TWO_ROWS), 2).await.expect_err("a number was changed");
+    assert!(is_retried(&error), "{error}");
+    next.connect().await.expect("a connection");
+    for input in [0, 1] {
+        next.deliver(input, &sink_rows(&TWO_ROWS), 2).await.expect("delivered, or known");
+    }
+    assert_eq!(server.command(&["MGET", "total:load", "total:other"]), "2\n2");
+}
+
 #[tokio::test]
 async fn a_refused_command_fails_the_delivery_for_good_and_a_lost_server_only_for_now() {
     let mut server = Redis::start();
@@ -578,6 +634,7 @@ async fn nothing_of_a_delivery_is_done_when_the_server_takes_no_writes() {
     let error = sink.deliver(0, &sink_rows(&TWO_ROWS), 1).await.expect_err("no memory");
     assert!(is_retried(&error) && error.to_string().contains("OOM"), "{error}");
     server.command(&["CONFIG", "SET", "maxmemory", "0"]);
+    sink.connect().await.expect("a connection");
     sink.deliver(0, &sink_rows(&TWO_ROWS), 1).await.expect("delivered");
     assert_eq!(server.command(&["MGET", "total"]), "2");
 }

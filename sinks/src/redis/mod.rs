@@ -39,7 +39,8 @@ are braces. `value` writes text as it is, other types as in JSON. `expire` is re
 A delivery (`batch`) is one transaction, `MULTI` to `EXEC`: all of it happens or nothing. When the answer is lost with the
 connection, the delivery is repeated, so counters may count it twice. With `exactly_once: true` the key
 `tailwater:SINK:METRIC` keeps the number of the last row, written in the same transaction, and rows that are delivered again are
-skipped, after a crash too. For that, rows wait for the checkpoint that has them (`checkpoint: {every: 1s}`).
+skipped, after a crash too. The key is watched (`WATCH`): a delivery of a lost connection that reaches the server late does
+nothing. For all that, rows wait for the checkpoint that has them (`checkpoint: {every: 1s}`).
 
 ## Limits
 
@@ -253,15 +254,35 @@ struct Done {
     last: u64,
 }
 
-impl Done {
-    /// Reads the number from the server.
-    async fn load(&mut self, connection: &mut Connection) -> Result<()> {
-        let reply = connection.call(Command::new("GET").arg(self.key.clone()), PATIENCE).await?;
-        if let Reply::Error(words) = reply {
-            return Err(connection.error(format!("`{}`: {words}", self.key)));
+impl RedisSink {
+    /// Watches the numbers of all inputs, then reads them. What another connection writes from then on makes the next
+    /// `EXEC` of this one do nothing. That other connection may be an earlier one of our own: after a broken path the
+    /// system goes on sending what it was given, and a transaction may arrive when this connection is long in use. It
+    /// watched the same keys, so the first of the two is done and the other is not.
+    fn watch(&self) -> Vec<Command> {
+        let keys: Vec<&String> = self.dones().map(|done| &done.key).collect();
+        if keys.is_empty() {
+            return Vec::new();
         }
-        self.last = reply.as_str().and_then(|last| last.parse().ok()).unwrap_or_default();
-        Ok(())
+        let watch = Command::new("WATCH").args(keys.iter().map(|key| (*key).clone()));
+        std::iter::once(watch).chain(keys.iter().map(|key| Command::new("GET").arg((*key).clone()))).collect()
+    }
+
+    /// The numbers by the replies to [`Self::watch`], in the order of the inputs.
+    fn numbers(&self, connection: &Connection, replies: &[Reply]) -> Result<Vec<u64>> {
+        let Some((watched, read)) = replies.split_first() else { return Ok(Vec::new()) };
+        if let Reply::Error(words) = watched {
+            return Err(connection.error(format!("`WATCH`: {words}")));
+        }
+        let number = |(done, reply): (&Done, &Reply)| match reply {
+            Reply::Error(words) => Err(connection.error(format!("`{}`: {words}", done.key))),
+            reply => Ok(reply.as_str().and_then(|last| last.parse().ok()).unwrap_or_default()),
+        };
+        self.dones().zip(read).map(number).collect()
+    }
+
+    fn dones(&self) -> impl Iterator<Item = &Done> {
+        self.inputs.iter().filter_map(|input| input.done.as_ref())
     }
 }
 
@@ -270,22 +291,25 @@ impl OutboxSink for RedisSink {
     async fn connect(&mut self) -> Result<()> {
         self.connection = None;
         let mut connection = self.endpoint.connect(1).await?;
-        for done in self.inputs.iter_mut().filter_map(|input| input.done.as_mut()) {
-            done.load(&mut connection).await?;
+        let watch = self.watch();
+        if !watch.is_empty() {
+            let replies = connection.pipeline(&watch, PATIENCE).await?;
+            let numbers = self.numbers(&connection, &replies)?;
+            let dones = self.inputs.iter_mut().filter_map(|input| input.done.as_mut());
+            dones.zip(numbers).for_each(|(done, last)| done.last = last);
         }
         self.connection = Some(connection);
         Ok(())
     }
 
     fn is_exactly_once(&self) -> bool {
-        self.inputs.iter().any(|input| input.done.is_some())
+        self.dones().next().is_some()
     }
 
     async fn deliver(&mut self, input: usize, rows: &RecordBatch, id: u64) -> Result<()> {
-        let input = self.inputs.get_mut(input).ok_or_else(|| Error::internal(format!("no input {input}")))?;
-        let connection = self.connection.as_mut().ok_or_else(|| Error::outside("not connected"))?;
+        let plan = self.inputs.get(input).ok_or_else(|| Error::internal(format!("no input {input}")))?;
         let first = id.saturating_sub(rows.num_rows() as u64);
-        let known = input.done.as_ref().map_or(0, |done| done.last.min(id).saturating_sub(first));
+        let known = plan.done.as_ref().map_or(0, |done| done.last.min(id).saturating_sub(first));
         let known = usize::try_from(known).unwrap_or(usize::MAX).min(rows.num_rows());
         if known == rows.num_rows() {
             return Ok(());
@@ -293,38 +317,58 @@ impl OutboxSink for RedisSink {
         let rows = &rows.slice(known, rows.num_rows() - known);
         let mut commands = vec![Command::new("MULTI")];
         let mut rows = Rows::new(rows);
-        for operation in &input.operations {
+        for operation in &plan.operations {
             operation.commands(&mut rows, &mut commands)?;
         }
         if commands.len() == 1 {
             return Ok(());
         }
         let note = |done: &Done| Command::new("SET").args([done.key.clone(), id.to_string()]);
-        commands.extend(input.done.iter().map(note));
+        commands.extend(plan.done.iter().map(note));
         commands.push(Command::new("EXEC"));
-        let replies = connection.pipeline(&commands, PATIENCE).await?;
-        confirm(connection, &commands, replies)?;
-        if let Some(done) = &mut input.done {
+        let transaction = commands.len();
+        // `EXEC` ends the watch.
+        commands.extend(self.watch());
+        // Taken out: after a failure, or if this future is dropped half-way, the numbers must be read again.
+        let mut connection = self.connection.take().ok_or_else(|| Error::outside("not connected"))?;
+        let mut replies = connection.pipeline(&commands, PATIENCE).await?;
+        let watched = replies.split_off(transaction.min(replies.len()));
+        let results = executed(&connection, replies)?;
+        if let Some(done) = self.inputs.get_mut(input).and_then(|input| input.done.as_mut()) {
             done.last = id;
         }
-        Ok(())
+        // Done; if the numbers are not known for sure now, they are read again before the next rows.
+        let numbers = self.numbers(&connection, &watched)?;
+        if !self.dones().map(|done| done.last).eq(numbers) {
+            return Err(connection.error(OVERTAKEN));
+        }
+        let outcome = refused(&connection, &commands, &results);
+        self.connection = Some(connection);
+        outcome
     }
 }
 
-/// Whether the transaction of `commands` was done, by their replies.
-fn confirm(connection: &Connection, commands: &[Command], mut replies: Vec<Reply>) -> Result<()> {
-    let results = match replies.pop() {
-        Some(Reply::List(results)) => results,
-        last => {
-            // Nothing was done. The reason is the reply of the command that could not be queued.
-            let refused = replies.iter().chain(&last).find(|reply| matches!(reply, Reply::Error(_)));
-            return Err(connection.error(match refused {
-                Some(reply @ Reply::Error(words)) => reply.unavailable().unwrap_or(words),
-                _ => "no reply to EXEC",
-            }));
-        }
+/// What it means when a watched number was changed.
+const OVERTAKEN: &str = "another connection wrote for this sink meanwhile, such as an earlier one whose last delivery                          arrived late; what it wrote is looked up before the rows are delivered again";
+
+/// The results of the transaction in `replies`, if it was done.
+fn executed(connection: &Connection, mut replies: Vec<Reply>) -> Result<Vec<Reply>> {
+    let last = match replies.pop() {
+        Some(Reply::List(results)) => return Ok(results),
+        Some(Reply::Null) => return Err(connection.error(OVERTAKEN)),
+        last => last,
     };
-    for (command, result) in commands[1..].iter().zip(&results) {
+    // Nothing was done. The reason is the reply of the command that could not be queued.
+    let refused = replies.iter().chain(&last).find(|reply| matches!(reply, Reply::Error(_)));
+    Err(connection.error(match refused {
+        Some(reply @ Reply::Error(words)) => reply.unavailable().unwrap_or(words),
+        _ => "no reply to EXEC",
+    }))
+}
+
+/// Says which of the commands of a transaction that was done failed.
+fn refused(connection: &Connection, commands: &[Command], results: &[Reply]) -> Result<()> {
+    for (command, result) in commands[1..].iter().zip(results) {
         if let Reply::Error(words) = result {
             // The others are done: once more would do them twice.
             return Err(connection.error(format!("`{command}`: {words}")).fatal());
