@@ -757,6 +757,38 @@ async fn a_sink_publishes_every_row_to_its_topic() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_row_larger_than_the_broker_takes_is_left_out_alone() {
+    const BYTES_MAX: usize = 4000;
+    let broker = Mosquitto::start_with(&format!("allow_anonymous true\nmax_packet_size {BYTES_MAX}"));
+    let folder = Scratch::new();
+    for qos in [0, 1, 2] {
+        let subscriber = subscribe(broker.port, "m/#", &[]);
+        let yaml = format!("url: mqtt://127.0.0.1:{}\nqos: {qos}\ntopic: m/{{metric}}", broker.port);
+        let mut sink = sink(&yaml, folder.path()).expect("a sink");
+        patiently("a connection", sink.connect()).await.expect("connected");
+        // Type and length of the packet, topic, packet id, the property `id`, and the row without its text.
+        let packet_id = if qos > 0 { 2 } else { 0 };
+        let around = 1 + 2 + 2 + "m/load".len() + packet_id + 1 + 15 + r#"{"device_id":"","n":1}"#.len();
+        let fits = "x".repeat(BYTES_MAX - around);
+        let too_large = format!("{fits}x");
+        let rows = [&fits[1..], &too_large, &fits, "small"].map(Some);
+        for id in [4, 8] {
+            let error = patiently("delivery", sink.deliver(0, &sink_rows(&rows), id)).await.expect_err("one too large");
+            assert_eq!(error.retry, pipeline::error::Retry::Never, "{error}");
+            assert!(error.to_string().contains("1 rows make a message of more than the 4000 bytes"), "{error}");
+        }
+        patiently("delivery", sink.deliver(0, &sink_rows(&[Some("last")]), 9)).await.expect("the same connection");
+        let printed = wait_for("the last message", || {
+            let printed = subscriber.printed();
+            printed.contains(r#""last""#).then_some(printed)
+        });
+        let numbers: Vec<&str> =
+            printed.lines().filter_map(|line| line.rsplit_once("\"n\":")).map(|(_, n)| n).collect();
+        assert_eq!(numbers, ["0}", "2}", "3}", "0}", "2}", "3}", "0}"], "qos {qos}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_sink_whose_broker_was_away_connects_and_delivers_again() {
     for version in [3, 5] {
         let mut broker = Mosquitto::start();

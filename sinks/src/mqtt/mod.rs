@@ -41,8 +41,9 @@ it is published again. `qos: 0`: a message has left when it is written to the co
 ## Limits
 
 At most 1000 messages are unconfirmed at a time, or as many as the broker allows. A row that is larger than the
-broker takes, or whose topic is longer than 65535 bytes, is counted as failed; brokers of version 3.1.1 do not say how
-much they take and end the connection instead.
+broker takes, or whose topic is longer than 65535 bytes, is reported and not published; the other rows of the delivery
+are. The delivery then counts as failed, and its message says how many rows were too large. Brokers of version 3.1.1 do
+not say how much they take and end the connection instead.
 
 ## Fails when
 
@@ -252,23 +253,37 @@ impl OutboxSink for MqttSink {
     }
 
     async fn deliver(&mut self, input: usize, rows: &RecordBatch, id: u64) -> Result<()> {
-        let publisher = self.publisher.as_mut().ok_or_else(|| Error::outside("not connected to the MQTT broker"))?;
         let metric = self.metrics.get(input).ok_or_else(|| Error::internal(format!("no input {input}")))?;
         let topics = self.template.topics(metric, rows)?;
         let encoded = encode_rows(rows);
-        let mut too_long = 0;
+        // Taken out: a connection that failed, or whose rows were given up half-way, is never used again.
+        let connected = self.publisher.take();
+        let mut publisher = connected.ok_or_else(|| Error::outside("not connected to the MQTT broker"))?;
+        let (mut too_long, mut too_large) = (0, 0);
         for (row, topic) in topics.into_iter().enumerate() {
             if !is_short_enough(&topic) {
                 too_long += 1;
                 continue;
             }
             let payload = Bytes::copy_from_slice(encoded.row(row).as_bytes());
-            publisher.publish(Message { topic, payload, id: format!("{metric}-{id}-{row}") }).await?;
+            let message = Message { topic, payload, id: format!("{metric}-{id}-{row}") };
+            if publisher.takes(&message) {
+                publisher.publish(message).await?;
+            } else {
+                too_large += 1;
+            }
         }
         publisher.confirmed().await?;
-        if too_long > 0 {
-            return Err(Error::outside(format!("{too_long} rows have a topic of more than 65535 bytes")).fatal());
+        let packet_bytes_max = publisher.packet_bytes_max();
+        self.publisher = Some(publisher);
+        let too_long = (too_long > 0).then(|| format!("{too_long} rows have a topic of more than 65535 bytes"));
+        let too_large = (too_large > 0).then(|| {
+            format!("{too_large} rows make a message of more than the {packet_bytes_max} bytes that the broker takes")
+        });
+        let refused: Vec<String> = too_long.into_iter().chain(too_large).collect();
+        if refused.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        Err(Error::outside(format!("{}; the others are published", refused.join(", "))).fatal())
     }
 }

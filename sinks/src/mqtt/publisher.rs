@@ -48,6 +48,9 @@ impl Settings {
     }
 }
 
+/// Name of the user property that carries a message's id.
+const ID: &str = "id";
+
 /// A message to publish.
 pub(super) struct Message {
     pub(super) topic: String,
@@ -56,11 +59,34 @@ pub(super) struct Message {
     pub(super) id: String,
 }
 
+impl Message {
+    /// Bytes of the whole PUBLISH packet.
+    fn packet_bytes(&self, client: &Client, qos: u8) -> usize {
+        let packet_id = if qos > 0 { 2 } else { 0 };
+        let properties = match client {
+            Client::V3(_) => 0,
+            // One user property: its kind, and the lengths of name and value.
+            Client::V5(_) => {
+                let bytes = 1 + 2 + ID.len() + 2 + self.id.len();
+                length_bytes(bytes) + bytes
+            }
+        };
+        let rest = 2 + self.topic.len() + packet_id + properties + self.payload.len();
+        1 + length_bytes(rest) + rest
+    }
+}
+
+/// Bytes that MQTT needs to write a length: seven bits in each.
+fn length_bytes(length: usize) -> usize {
+    (1..4).find(|bytes| length >> (7 * bytes) == 0).unwrap_or(4)
+}
+
 /// A live connection. Dropping it says goodbye.
 pub(super) struct Publisher {
     client: Client,
     qos: u8,
     retain: bool,
+    packet_bytes_max: usize,
     published: u64,
     progress: watch::Receiver<Progress>,
 }
@@ -69,22 +95,8 @@ pub(super) struct Publisher {
 #[derive(Clone, Debug, Default)]
 struct Progress {
     confirmed: u64,
-    failure: Option<Failure>,
-}
-
-/// Why the connection is of no use any more.
-#[derive(Clone, Debug)]
-struct Failure {
-    message: String,
-    /// Whether the same rows would fail again.
-    fatal: bool,
-}
-
-impl Failure {
-    fn error(&self) -> Error {
-        let error = Error::outside(self.message.clone());
-        if self.fatal { error.fatal() } else { error }
-    }
+    /// Why the connection is of no use any more.
+    failure: Option<String>,
 }
 
 enum Client {
@@ -97,11 +109,24 @@ impl Publisher {
     pub(super) async fn connect(settings: &Settings) -> Result<Self> {
         let (sender, progress) = watch::channel(Progress::default());
         let report = Report { progress: sender, server: settings.server(), qos: settings.qos };
-        let client = match settings.version {
-            3 => connect_v3(settings, report).await?,
+        // A broker of version 3 does not say what it takes.
+        let (client, packet_bytes_max) = match settings.version {
+            3 => (connect_v3(settings, report).await?, PACKET_BYTES_MAX),
             _ => connect_v5(settings, report).await?,
         };
-        Ok(Self { client, qos: settings.qos, retain: settings.retain, published: 0, progress })
+        let (qos, retain) = (settings.qos, settings.retain);
+        Ok(Self { client, qos, retain, packet_bytes_max, published: 0, progress })
+    }
+
+    /// The largest packet that the broker takes, in bytes.
+    pub(super) fn packet_bytes_max(&self) -> usize {
+        self.packet_bytes_max
+    }
+
+    /// Whether the broker takes a message of this length. The library would give up the connection over one that
+    /// it does not.
+    pub(super) fn takes(&self, message: &Message) -> bool {
+        message.packet_bytes(&self.client, self.qos) <= self.packet_bytes_max
     }
 
     /// Hands a message over; waits while too many are under way.
@@ -117,7 +142,7 @@ impl Publisher {
                 use v5::mqttbytes::QoS;
                 let qos = [QoS::AtMostOnce, QoS::AtLeastOnce, QoS::ExactlyOnce][usize::from(self.qos.min(2))];
                 let properties = packets_v5::PublishProperties {
-                    user_properties: vec![("id".to_owned(), id)],
+                    user_properties: vec![(ID.to_owned(), id)],
                     ..packets_v5::PublishProperties::default()
                 };
                 client.publish_with_properties(topic, qos, self.retain, payload, properties).await.is_ok()
@@ -136,14 +161,14 @@ impl Publisher {
         let done = |progress: &Progress| progress.failure.is_some() || progress.confirmed >= published;
         match self.progress.wait_for(done).await.map(|progress| progress.failure.clone()) {
             Ok(None) => Ok(()),
-            Ok(Some(failure)) => Err(failure.error()),
+            Ok(Some(failure)) => Err(Error::outside(failure)),
             Err(_ended) => Err(self.failure()),
         }
     }
 
     fn failure(&self) -> Error {
         match &self.progress.borrow().failure {
-            Some(failure) => failure.error(),
+            Some(failure) => Error::outside(failure.clone()),
             None => Error::outside("the connection to the MQTT broker has ended"),
         }
     }
@@ -171,9 +196,9 @@ impl Report {
         self.progress.send_modify(|progress| progress.confirmed += 1);
     }
 
-    fn fail(&self, message: String, fatal: bool) {
+    fn fail(&self, message: String) {
         self.progress.send_modify(|progress| {
-            progress.failure.get_or_insert(Failure { message, fatal });
+            progress.failure.get_or_insert(message);
         });
     }
 
@@ -229,7 +254,7 @@ async fn connect_v3(settings: &Settings, report: Report) -> Result<Client> {
                 Ok(_) if report.is_abandoned() => return,
                 Ok(_) => {}
                 Err(error) => {
-                    report.fail(report.broken(error).to_string(), false);
+                    report.fail(report.broken(error).to_string());
                     return;
                 }
             }
@@ -238,7 +263,8 @@ async fn connect_v3(settings: &Settings, report: Report) -> Result<Client> {
     Ok(Client::V3(client))
 }
 
-async fn connect_v5(settings: &Settings, report: Report) -> Result<Client> {
+/// Connects, and says how large a packet the broker takes.
+async fn connect_v5(settings: &Settings, report: Report) -> Result<(Client, usize)> {
     use packets_v5::Packet;
     use v5::{ConnectionError, Event};
     let mut options = v5::MqttOptions::new(&settings.client_id, &settings.host, settings.port);
@@ -257,19 +283,21 @@ async fn connect_v5(settings: &Settings, report: Report) -> Result<Client> {
         options.set_transport(transport);
     }
     let (client, mut event_loop) = v5::AsyncClient::new(options, REQUESTS_MAX);
-    match event_loop.poll().await {
-        Ok(Event::Incoming(Packet::ConnAck(_))) => {}
+    let told = match event_loop.poll().await {
+        Ok(Event::Incoming(Packet::ConnAck(accepted))) => accepted.properties.and_then(|told| told.max_packet_size),
         Ok(other) => return Err(Error::outside(format!("MQTT broker {}: {other:?}", report.server))),
         Err(ConnectionError::ConnectionRefused(code)) => return Err(report.refused(&format!("{code:?}"))),
         Err(error) => return Err(report.broken(error)),
-    }
+    };
+    let told = told.and_then(|bytes| usize::try_from(bytes).ok());
+    let packet_bytes_max = told.map_or(PACKET_BYTES_MAX, |bytes| bytes.min(PACKET_BYTES_MAX));
     tokio::spawn(async move {
         loop {
             match event_loop.poll().await {
                 Ok(Event::Incoming(packet)) => match answer(&packet) {
                     Answer::Confirmed => report.confirm(),
                     Answer::Refused(reason) => {
-                        report.fail(format!("the MQTT broker {} refused a message ({reason})", report.server), false);
+                        report.fail(format!("the MQTT broker {} refused a message ({reason})", report.server));
                         return;
                     }
                     Answer::Other => {}
@@ -279,15 +307,13 @@ async fn connect_v5(settings: &Settings, report: Report) -> Result<Client> {
                 Ok(_) if report.is_abandoned() => return,
                 Ok(_) => {}
                 Err(error) => {
-                    use v5::StateError::OutgoingPacketTooLarge;
-                    let fatal = matches!(error, ConnectionError::MqttState(OutgoingPacketTooLarge { .. }));
-                    report.fail(report.broken(error).to_string(), fatal);
+                    report.fail(report.broken(error).to_string());
                     return;
                 }
             }
         }
     });
-    Ok(Client::V5(client))
+    Ok((Client::V5(client), packet_bytes_max))
 }
 
 /// What a packet of version 5 says about a message.
