@@ -768,7 +768,7 @@ async fn a_row_larger_than_the_broker_takes_is_left_out_alone() {
         patiently("a connection", sink.connect()).await.expect("connected");
         // Type and length of the packet, topic, packet id, the property `id`, and the row without its text.
         let packet_id = if qos > 0 { 2 } else { 0 };
-        let around = 1 + 2 + 2 + "m/load".len() + packet_id + 1 + 15 + r#"{"device_id":"","n":1}"#.len();
+        let around = 1 + 2 + 2 + "m/load".len() + packet_id + 1 + 39 + r#"{"device_id":"","n":1}"#.len();
         let fits = "x".repeat(BYTES_MAX - around);
         let too_large = format!("{fits}x");
         let rows = [&fits[1..], &too_large, &fits, "small"].map(Some);
@@ -786,6 +786,34 @@ async fn a_row_larger_than_the_broker_takes_is_left_out_alone() {
             printed.lines().filter_map(|line| line.rsplit_once("\"n\":")).map(|(_, n)| n).collect();
         assert_eq!(numbers, ["0}", "2}", "3}", "0}", "2}", "3}", "0}"], "qos {qos}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_id_of_a_message_depends_on_its_content_alone() {
+    let broker = Mosquitto::start_in_memory();
+    let folder = Scratch::new();
+    let subscriber = subscribe(broker.port, "m/#", &["-V", "5", "-F", "%P %p"]);
+    let yaml = format!("url: mqtt://127.0.0.1:{}\ntopic: \"m/{{metric}}\"", broker.port);
+    let mut sink = sink(&yaml, folder.path()).expect("a sink");
+    patiently("a connection", sink.connect()).await.expect("connected");
+    let all = sink_rows(&[Some("a"), Some("b"), Some("c")]);
+    // Cut otherwise, as after a crash; then the same rows of another metric.
+    for (input, rows, id) in
+        [(0, all.clone(), 3), (0, all.slice(0, 1), 1), (0, all.slice(1, 2), 9), (1, all.clone(), 3)]
+    {
+        patiently("delivery", sink.deliver(input, &rows, id)).await.expect("delivered");
+    }
+    let last = sink_rows(&[Some("last")]);
+    patiently("delivery", sink.deliver(0, &last, 10)).await.expect("delivered");
+    let printed = wait_for("the last message", || {
+        let printed = subscriber.printed();
+        printed.contains(r#""last""#).then_some(printed)
+    });
+    let ids: Vec<&str> = printed.lines().filter_map(|line| line.strip_prefix("id:")?.split(' ').next()).collect();
+    assert_eq!(ids.len(), 10, "{printed}");
+    assert_eq!(ids[..3], ids[3..6]);
+    let different: std::collections::HashSet<&str> = ids.iter().copied().collect();
+    assert_eq!(different.len(), 7, "{ids:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

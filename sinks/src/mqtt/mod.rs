@@ -19,6 +19,7 @@ use pipeline::plugin::{
 };
 use schemars::JsonSchema;
 use serde::Deserialize;
+use xxhash_rust::xxh3::Xxh3;
 
 use publisher::{Message, Publisher, Settings};
 use topic::{Template, is_short_enough};
@@ -35,8 +36,10 @@ is `_`.
 ## Delivery
 
 At least once with `qos: 1` or `2`: rows wait in the outbox until the broker has confirmed them, and those of a broken
-connection are published again. With version 5 each message carries the user property `id`, which stays the same when
-it is published again. `qos: 0`: a message has left when it is written to the connection; best effort.
+connection are published again. With version 5 each message carries the user property `id`, a hash of metric, topic and
+row, which stays the same when it is published again. Two rows of a metric that are equal in every column have the same
+`id`: for a subscriber that drops repeated ones, give them a column that differs, such as a time.
+`qos: 0`: a message has left when it is written to the connection; best effort.
 
 ## Limits
 
@@ -252,7 +255,7 @@ impl OutboxSink for MqttSink {
         Ok(())
     }
 
-    async fn deliver(&mut self, input: usize, rows: &RecordBatch, id: u64) -> Result<()> {
+    async fn deliver(&mut self, input: usize, rows: &RecordBatch, _id: u64) -> Result<()> {
         let metric = self.metrics.get(input).ok_or_else(|| Error::internal(format!("no input {input}")))?;
         let topics = self.template.topics(metric, rows)?;
         let encoded = encode_rows(rows);
@@ -266,7 +269,7 @@ impl OutboxSink for MqttSink {
                 continue;
             }
             let payload = Bytes::copy_from_slice(encoded.row(row).as_bytes());
-            let message = Message { topic, payload, id: format!("{metric}-{id}-{row}") };
+            let message = Message { id: message_id(metric, &topic, &payload), topic, payload };
             if publisher.takes(&message) {
                 publisher.publish(message).await?;
             } else {
@@ -286,4 +289,15 @@ impl OutboxSink for MqttSink {
         }
         Err(Error::outside(format!("{}; the others are published", refused.join(", "))).fatal())
     }
+}
+
+/// The id of a message, from its content: how deliveries are cut, and how rows are numbered, may be another after a
+/// crash. A length before each part keeps different ones from looking the same side by side.
+fn message_id(metric: &str, topic: &str, payload: &[u8]) -> String {
+    let mut hash = Xxh3::new();
+    for part in [metric.as_bytes(), topic.as_bytes(), payload] {
+        hash.update(&part.len().to_le_bytes());
+        hash.update(part);
+    }
+    format!("{:032x}", hash.digest128())
 }
