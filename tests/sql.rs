@@ -7,6 +7,7 @@ use std::time::Instant;
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 use pipeline::config::{CheckContext, Fields, Position, Problems, deserialize, tree};
+use pipeline::error::Retry;
 use pipeline::json::encode_rows;
 use pipeline::live::Live;
 use pipeline::plugin::{
@@ -17,6 +18,7 @@ use pipeline::rows::RowsBuilder;
 use pipeline::status::Status;
 
 use crate::support::databases::{self, MARIADB, POSTGRES, Server, execute, unique};
+use crate::support::random::Random;
 use crate::support::{PATIENCE, Scratch};
 
 /// One empty database of one of the three kinds.
@@ -454,7 +456,7 @@ async fn a_sqlite_file_is_waited_for_and_never_created() {
     let mut source = source("sqlite:no.db", "query: SELECT 1 AS n\nfields: {n: int}", folder.path());
     let error = connect(&mut source, None).await.err().expect("no file");
     assert!(error.to_string().contains("no.db does not exist"), "{error}");
-    assert_eq!(error.retry, pipeline::error::Retry::BackOff);
+    assert_eq!(error.retry, Retry::BackOff);
     assert!(!folder.path().join("no.db").exists());
 }
 
@@ -498,7 +500,7 @@ async fn a_cursor_goes_on_after_the_server_was_restarted() {
     let position = next(&mut reader).await.position;
     server.stop();
     let error = reader.next().await.expect_err("the server is gone");
-    assert_eq!(error.retry, pipeline::error::Retry::BackOff, "{error}");
+    assert_eq!(error.retry, Retry::BackOff, "{error}");
     assert!(connect(&mut source, Some(&position)).await.is_err());
     server.start();
     let started = Instant::now();
@@ -617,7 +619,7 @@ async fn rows_that_the_database_refuses_are_counted_and_the_others_stored() {
         let batch = rows("id: int, n: int", &texts.iter().map(String::as_str).collect::<Vec<_>>());
         let mut sink = sink(&db, "table: t", &batch).await;
         let error = sink.deliver(0, &batch, 1).await.expect_err("refused rows");
-        assert_eq!(error.retry, pipeline::error::Retry::Never, "{kind}: {error}");
+        assert_eq!(error.retry, Retry::Never, "{kind}: {error}");
         assert!(error.to_string().contains("refused 3 of 50 rows, the others are written"), "{kind}: {error}");
         assert_eq!(db.rows("SELECT count(*) AS n FROM t", "{n: int}").await, [r#"{"n":47}"#], "{kind}");
         // The connection goes on, and the delivery is done.
@@ -627,9 +629,46 @@ async fn rows_that_the_database_refuses_are_counted_and_the_others_stored() {
         // A table that is gone is waited for: no row is dropped.
         db.execute("DROP TABLE t").await;
         let error = sink.deliver(0, &batch, 3).await.expect_err("no table");
-        assert_eq!(error.retry, pipeline::error::Retry::BackOff, "{kind}: {error}");
+        assert_eq!(error.retry, Retry::BackOff, "{kind}: {error}");
         let error = sink.connect().await.expect_err("no table").to_string();
         assert!(error.contains("table `t` (`create: true` makes a missing table)"), "{kind}: {error}");
+    }
+}
+
+#[tokio::test]
+async fn a_row_that_postgres_refuses_late_or_for_its_size_holds_no_other_row_up() {
+    let db = Database::postgres().await;
+    let mut random = Random::seeded("a row that postgres refuses", 1);
+    // Text that does not become short by compression.
+    let long: String = (0..500).map(|_| format!("{:016x}", random.between(0, u64::MAX - 1))).collect();
+    db.execute(
+        "CREATE TABLE lengths (k text PRIMARY KEY, n int);
+         CREATE TABLE numbers (k numeric PRIMARY KEY, n int);
+         CREATE TABLE parents (k text PRIMARY KEY);
+         INSERT INTO parents VALUES ('a'), ('c');
+         CREATE TABLE children (k text REFERENCES parents DEFERRABLE INITIALLY DEFERRED, n int);",
+    )
+    .await;
+    let long = [r#"{"k":"a","n":1}"#, &format!(r#"{{"k":"{long}","n":2}}"#), r#"{"k":"c","n":3}"#];
+    // Two texts that are one number, and so one key.
+    let equal = [r#"{"k":"1.5","n":1}"#, r#"{"k":"1.50","n":2}"#, r#"{"k":"2","n":3}"#];
+    let orphan = [r#"{"k":"a","n":1}"#, r#"{"k":"nobody","n":2}"#, r#"{"k":"c","n":3}"#];
+    for (options, written, refusal, left) in [
+        ("table: lengths\nkey: [k]", long, Some("refused 1 of 3 rows, the others are written"), "1,3"),
+        ("table: numbers\nkey: [k]", equal, None, "2,3"),
+        ("table: children", orphan, Some("refused 1 of 3 rows, the others are written"), "1,3"),
+    ] {
+        let batch = rows("k: string, n: int", &written);
+        let table = options.split_whitespace().nth(1).expect("a table");
+        let mut sink = sink(&db, &format!("{options}\ndeliveries: done_{table}"), &batch).await;
+        let done = sink.deliver(0, &batch, 3).await.map_err(|error| (error.retry, error.to_string()));
+        match (&done, refusal) {
+            (Ok(()), None) => {}
+            (Err((Retry::Never, message)), Some(expected)) if message.contains(expected) => {}
+            _ => panic!("{options}: {done:?}"),
+        }
+        let sql = format!("SELECT string_agg(n::text, ',' ORDER BY n) AS n FROM {table}");
+        assert_eq!(db.rows(&sql, "{n: string}").await, [format!(r#"{{"n":"{left}"}}"#)], "{options}");
     }
 }
 

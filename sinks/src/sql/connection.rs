@@ -54,6 +54,10 @@ fn is_about_values(error: &dyn sqlx::error::DatabaseError) -> bool {
     /// MySQL's errors about values that have no SQLSTATE of their own: wrong value, truncated, check
     /// constraints of MySQL and MariaDB, invalid JSON.
     const MYSQL_VALUES: [u16; 5] = [1366, 1265, 3819, 4025, 3140];
+    /// SQLSTATE classes: cardinality (two rows of one key in a statement, where the column's type or collation takes
+    /// for equal what we do not), data exception, integrity constraint violation, check option of a view, program limit
+    /// exceeded (a value too large for an index or a page).
+    const SQLSTATE_VALUES: [&str; 5] = ["21", "22", "23", "44", "54"];
     /// SQLite's constraint, mismatch and too big, in the low byte of the code.
     const SQLITE_VALUES: [i32; 3] = [19, 20, 18];
     let code = error.code().unwrap_or_default();
@@ -61,8 +65,7 @@ fn is_about_values(error: &dyn sqlx::error::DatabaseError) -> bool {
         return code.parse::<i32>().is_ok_and(|code| SQLITE_VALUES.contains(&(code & 0xff)));
     }
     let number = error.try_downcast_ref::<sqlx::mysql::MySqlDatabaseError>().map(|e| e.number());
-    // SQLSTATE classes: data exception, integrity constraint violation.
-    code.starts_with("22") || code.starts_with("23") || number.is_some_and(|n| MYSQL_VALUES.contains(&n))
+    SQLSTATE_VALUES.iter().any(|class| code.starts_with(class)) || number.is_some_and(|n| MYSQL_VALUES.contains(&n))
 }
 
 /// What a database or its connection said.

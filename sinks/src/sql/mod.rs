@@ -40,8 +40,9 @@ them (`checkpoint: {every: 1s}`). With `exactly_once: false`: at least once, and
 Rows wait in the outbox while the database is away.
 
 ## Limits
-- A row whose values the database refuses (a constraint, a range, a null in a key) is reported and not written; the other rows
-  of the delivery are. The delivery then counts as failed, and its message says how many rows were refused.
+- A row whose values the database refuses (a constraint, a range, a null in a key, a text too long for an index) is reported and
+  not written; the other rows of the delivery are. The delivery then counts as failed, and its message says how many rows were
+  refused. In PostgreSQL, deferred constraints are checked at once.
 - Two programs that write with a sink of the same name into one database need different `deliveries` tables.
 - An upsert needs a unique index over exactly the `key` columns; `create: true` makes one. In MySQL, text in a created key is at most 191 characters.
 - MySQL keeps no NaN and no infinity, SQLite no NaN: they are written as null.

@@ -57,11 +57,12 @@ impl Server {
         }
     }
 
-    /// The statement that opens a delivery's transaction.
+    /// The statements that open a delivery's transaction.
     pub(super) fn begin(&self) -> &'static str {
         match self {
-            // The default may be stricter, and then waiting for another transaction ends in an error.
-            Self::Postgres => "BEGIN ISOLATION LEVEL READ COMMITTED",
+            // The default may be stricter, and then waiting for another transaction ends in an error. A constraint that
+            // is only looked at by COMMIT would refuse all rows together, and nobody could say which one is wrong.
+            Self::Postgres => "BEGIN ISOLATION LEVEL READ COMMITTED; SET CONSTRAINTS ALL IMMEDIATE",
             Self::MySql => "START TRANSACTION",
             // Takes the write lock at once: a lock taken later could not be waited for.
             Self::Sqlite(_) => "BEGIN IMMEDIATE",
