@@ -6,8 +6,9 @@
 use std::fmt::Write;
 
 use arrow::array::{
-    Array, ArrayRef, AsArray, BooleanArray, GenericListArray, OffsetSizeTrait, RecordBatch, StructArray,
+    Array, ArrayRef, AsArray, BooleanArray, GenericListArray, OffsetSizeTrait, RecordBatch, StringArray, StructArray,
 };
+use arrow::compute::cast;
 use arrow::datatypes::{
     DataType, Decimal128Type, Field, Float16Type, Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type,
     TimeUnit, TimestampMicrosecondType, TimestampMillisecondType, TimestampNanosecondType, TimestampSecondType,
@@ -18,6 +19,9 @@ use bytes::Bytes;
 
 use crate::schema::is_json;
 use crate::time::format_us;
+
+/// What a value without JSON of its own is written as.
+const NULL: &str = "null";
 
 /// The rows of one batch as JSON objects, one after the other in one buffer.
 #[derive(Clone, Debug, Default)]
@@ -40,8 +44,8 @@ impl JsonRows {
     /// Row `index` as a JSON object.
     pub fn row(&self, index: usize) -> &str {
         let start = if index == 0 { 0 } else { self.ends[index - 1] };
-        // Only `encode_rows` fills the buffer, and only with whole strings.
-        std::str::from_utf8(&self.text[start..self.ends[index]]).unwrap_or("null")
+        // The buffer was filled with whole strings only.
+        std::str::from_utf8(&self.text[start..self.ends[index]]).unwrap_or(NULL)
     }
 
     /// All rows in order.
@@ -59,21 +63,90 @@ pub fn encode_rows(rows: &RecordBatch) -> JsonRows {
         .zip(rows.columns())
         .map(|(field, array)| (format!("{}:", json_string(field.name())), Column::new(field, array)))
         .collect();
-    let mut text = String::with_capacity(rows.num_rows() * columns.len() * 16);
-    let mut ends = Vec::with_capacity(rows.num_rows());
+    let mut out = JsonRowsBuilder::new(rows.num_rows(), columns.len());
     for row in 0..rows.num_rows() {
+        let text = &mut out.text;
         text.push('{');
         for (index, (name, column)) in columns.iter().enumerate() {
             if index > 0 {
                 text.push(',');
             }
             text.push_str(name);
-            column.write(row, &mut text);
+            column.write(row, text);
         }
         text.push('}');
-        ends.push(text.len());
+        out.end_row();
     }
-    JsonRows { text: Bytes::from(text), ends }
+    out.finish()
+}
+
+/// Text that grows row by row.
+struct JsonRowsBuilder {
+    text: String,
+    ends: Vec<usize>,
+}
+
+impl JsonRowsBuilder {
+    fn new(rows: usize, columns: usize) -> Self {
+        Self { text: String::with_capacity(rows * columns * 16), ends: Vec::with_capacity(rows) }
+    }
+
+    fn end_row(&mut self) {
+        self.ends.push(self.text.len());
+    }
+
+    fn finish(self) -> JsonRows {
+        JsonRows { text: Bytes::from(self.text), ends: self.ends }
+    }
+}
+
+/// The values of one column as text: text as it is; structs, lists and `json` as JSON; all else as in JSON, without quotes.
+#[derive(Debug)]
+pub struct ColumnText(Texts);
+
+#[derive(Debug)]
+enum Texts {
+    Plain(StringArray),
+    Json(JsonRows),
+    Unquoted(JsonRows),
+}
+
+impl ColumnText {
+    /// Writes the values of a column.
+    pub fn new(field: &Field, values: &ArrayRef) -> Self {
+        let is_json = is_json(field);
+        let plain = (is_text(values.data_type()) && !is_json).then(|| cast(values, &DataType::Utf8).ok()).flatten();
+        if let Some(plain) = plain {
+            return Self(Texts::Plain(plain.as_string().clone()));
+        }
+        let column = Column::new(field, values);
+        let mut out = JsonRowsBuilder::new(values.len(), 1);
+        for row in 0..values.len() {
+            column.write(row, &mut out.text);
+            out.end_row();
+        }
+        let rows = out.finish();
+        Self(if is_json || values.data_type().is_nested() { Texts::Json(rows) } else { Texts::Unquoted(rows) })
+    }
+
+    /// The value of one row; `None` if it is null, or has no other JSON than `null`, as NaN.
+    pub fn get(&self, row: usize) -> Option<&str> {
+        match &self.0 {
+            Texts::Plain(values) => values.is_valid(row).then(|| values.value(row)),
+            Texts::Json(rows) => Some(rows.row(row)).filter(|text| *text != NULL),
+            Texts::Unquoted(rows) => {
+                let text = Some(rows.row(row)).filter(|text| *text != NULL)?;
+                Some(text.strip_prefix('"').and_then(|text| text.strip_suffix('"')).unwrap_or(text))
+            }
+        }
+    }
+}
+
+fn is_text(data_type: &DataType) -> bool {
+    match data_type {
+        DataType::Dictionary(_, value) => is_text(value),
+        other => other.is_string(),
+    }
 }
 
 /// `text` as a JSON string with its quotes.
@@ -113,7 +186,7 @@ fn write_float(value: f64, out: &mut String) {
         // `{:?}` is the shortest text that reads back as the same float, always with a point or exponent.
         let _ = write!(out, "{value:?}");
     } else {
-        out.push_str("null");
+        out.push_str(NULL);
     }
 }
 
@@ -258,7 +331,7 @@ impl<'a> Column<'a> {
 
     fn write(&self, row: usize, out: &mut String) {
         if self.is_null(row) {
-            out.push_str("null");
+            out.push_str(NULL);
             return;
         }
         match self {
@@ -298,7 +371,7 @@ impl<'a> Column<'a> {
                 out.push(']');
             }
             Self::Display(Some(formatter), _) => write_string(&formatter.value(row).to_string(), out),
-            Self::Display(None, _) => out.push_str("null"),
+            Self::Display(None, _) => out.push_str(NULL),
         }
     }
 }
@@ -320,9 +393,7 @@ fn write_json(text: &str, out: &mut String) {
 mod tests {
     use std::sync::Arc;
 
-    use arrow::array::{
-        BinaryArray, Decimal128Array, Float64Array, Int64Array, StringArray, TimestampMicrosecondArray,
-    };
+    use arrow::array::{BinaryArray, Decimal128Array, Float64Array, Int64Array, TimestampMicrosecondArray};
     use arrow::datatypes::Schema;
 
     use super::*;
@@ -359,5 +430,45 @@ mod tests {
         assert_eq!(one(FieldType::Decimal(10, 2), Arc::new(decimals)), [r#"{"v":"123.45"}"#]);
         let bytes = BinaryArray::from_vec(vec![b"a", b"ab", b"abc"]);
         assert_eq!(one(FieldType::Bytes, Arc::new(bytes)), [r#"{"v":"YQ=="}"#, r#"{"v":"YWI="}"#, r#"{"v":"YWJj"}"#]);
+    }
+
+    #[test]
+    fn the_text_of_a_column_is_its_json_without_quotes() {
+        let texts = |field: FieldType, array: ArrayRef| -> Vec<Option<String>> {
+            let text = ColumnText::new(&field.field("v"), &array);
+            (0..array.len()).map(|row| text.get(row).map(str::to_owned)).collect()
+        };
+        let some =
+            |texts: &[&str]| -> Vec<Option<String>> { texts.iter().map(|text| Some((*text).to_owned())).collect() };
+        let strings = StringArray::from(vec![Some("a\"b\n"), Some("null"), Some(""), None]);
+        let mut expected = some(&["a\"b\n", "null", ""]);
+        expected.push(None);
+        assert_eq!(texts(FieldType::String, Arc::new(strings.clone())), expected);
+        let views = cast(&strings, &DataType::Utf8View).expect("views");
+        assert_eq!(texts(FieldType::String, views), expected);
+        let floats = Float64Array::from(vec![Some(1.0), Some(f64::NAN), None]);
+        assert_eq!(texts(FieldType::Float, Arc::new(floats)), [Some("1.0".to_owned()), None, None]);
+        let times = TimestampMicrosecondArray::from(vec![1]).with_timezone("UTC");
+        assert_eq!(texts(FieldType::Timestamp(None), Arc::new(times)), some(&["1970-01-01T00:00:00.000001Z"]));
+        let decimals = Decimal128Array::from(vec![12345]).with_precision_and_scale(10, 2).expect("decimal");
+        assert_eq!(texts(FieldType::Decimal(10, 2), Arc::new(decimals)), some(&["123.45"]));
+        let json = StringArray::from(vec!["{\"a\": \"b\"}", "\"c\""]);
+        assert_eq!(texts(FieldType::Json, Arc::new(json)), some(&["{\"a\": \"b\"}", "\"c\""]));
+    }
+
+    #[test]
+    fn every_float_is_read_back_as_it_was() {
+        // Any bits: a step of the golden ratio meets all parts of the range.
+        let bits = (0..100_000_u64).map(|n| n.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let floats: Vec<f64> = bits.map(f64::from_bits).filter(|value| value.is_finite()).collect();
+        let array: ArrayRef = Arc::new(Float64Array::from(floats.clone()));
+        let text = ColumnText::new(&FieldType::Float.field("v"), &array);
+        for (row, value) in floats.into_iter().enumerate() {
+            let text = text.get(row).expect("a number");
+            assert_eq!(text.parse::<f64>().map(f64::to_bits), Ok(value.to_bits()), "{text}");
+            // What others send is parsed by this.
+            let parsed: serde_json::Value = serde_json::from_str(text).expect("JSON");
+            assert_eq!(parsed.as_f64().map(f64::to_bits), Some(value.to_bits()), "{text}");
+        }
     }
 }

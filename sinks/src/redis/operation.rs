@@ -2,13 +2,13 @@
 
 use std::borrow::Cow;
 
-use arrow::array::{Array, AsArray, RecordBatch};
+use arrow::array::{AsArray, RecordBatch};
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, Float64Type, Int64Type};
 use indexmap::IndexMap;
 use pipeline::config::{At, Duration, Position, did_you_mean};
 use pipeline::error::{Error, Result};
-use pipeline::json::{JsonRows, encode_rows};
+use pipeline::json::{ColumnText, JsonRows, encode_rows};
 use pipeline::plugin::sink::SinkInput;
 use pipeline::schema::type_word;
 
@@ -251,12 +251,12 @@ impl Template {
 pub(super) struct Rows<'a> {
     batch: &'a RecordBatch,
     json: Option<JsonRows>,
-    texts: Vec<Option<Vec<Option<String>>>>,
+    texts: Vec<Option<ColumnText>>,
 }
 
 impl<'a> Rows<'a> {
     pub(super) fn new(batch: &'a RecordBatch) -> Self {
-        Self { batch, json: None, texts: vec![None; batch.num_columns()] }
+        Self { batch, json: None, texts: batch.columns().iter().map(|_| None).collect() }
     }
 
     /// A row as a JSON object.
@@ -266,8 +266,8 @@ impl<'a> Rows<'a> {
 
     /// A cell: text as it is, other types as in JSON; `None` if it is null.
     fn text(&mut self, column: usize, row: usize) -> Option<&str> {
-        let texts = self.texts[column].get_or_insert_with(|| texts_of(self.batch, column));
-        texts[row].as_deref()
+        let write = || ColumnText::new(self.batch.schema_ref().field(column), self.batch.column(column));
+        self.texts[column].get_or_insert_with(write).get(row)
     }
 
     fn content(&mut self, content: Content, row: usize) -> Option<String> {
@@ -276,22 +276,6 @@ impl<'a> Rows<'a> {
             Content::Column(column) => self.text(column, row).map(str::to_owned),
         }
     }
-}
-
-fn texts_of(batch: &RecordBatch, column: usize) -> Vec<Option<String>> {
-    if *batch.column(column).data_type() == DataType::Utf8 {
-        return batch.column(column).as_string::<i32>().iter().map(|text| text.map(str::to_owned)).collect();
-    }
-    let Ok(one) = batch.project(&[column]) else { return vec![None; batch.num_rows()] };
-    let text_of = |object: &str| {
-        let object: serde_json::Map<String, serde_json::Value> = serde_json::from_str(object).ok()?;
-        match object.into_iter().next()?.1 {
-            serde_json::Value::Null => None,
-            serde_json::Value::String(text) => Some(text),
-            other => Some(other.to_string()),
-        }
-    };
-    encode_rows(&one).iter().map(text_of).collect()
 }
 
 impl Operation {
