@@ -18,6 +18,7 @@
 
 mod arg_max;
 pub mod files;
+mod footers;
 pub mod http;
 pub mod output;
 mod query;

@@ -13,8 +13,8 @@ use datafusion::common::{
 };
 use datafusion::datasource::listing::PartitionedFile;
 use datafusion::datasource::memory::{DataSourceExec, MemorySourceConfig};
+use datafusion::datasource::physical_plan::parquet::ParquetAccessPlan;
 use datafusion::datasource::physical_plan::parquet::metadata::DFParquetMetadata;
-use datafusion::datasource::physical_plan::parquet::{CachedParquetFileReaderFactory, ParquetAccessPlan};
 use datafusion::datasource::physical_plan::{FileGroup, FileScanConfigBuilder, ParquetSource};
 use datafusion::datasource::table_schema::TableSchema;
 use datafusion::execution::cache::cache_manager::FileMetadataCache;
@@ -29,6 +29,7 @@ use futures::StreamExt;
 
 use super::Table;
 use super::files::{self, DAY, HOUR, HistoryFile, day_and_hour, file_schema, place_columns};
+use super::footers::Readers;
 use crate::plugin::HistoryTail;
 use crate::time::now_us;
 
@@ -127,7 +128,7 @@ impl QueriedTable {
             None => FileGroup::new(files.into_iter().map(|(file, _)| file).collect()).split_files(threads),
         };
         let options = state.default_table_options().parquet;
-        let reader = Arc::new(CachedParquetFileReaderFactory::new(store, cache));
+        let reader = Arc::new(Readers::new(store, cache));
         let mut source = ParquetSource::new(self.schema.clone())
             .with_table_parquet_options(options)
             .with_parquet_file_reader_factory(reader);
@@ -257,7 +258,7 @@ fn dealt_out(files: Vec<(PartitionedFile, Option<usize>)>, threads: usize) -> Ve
 }
 
 /// Least and greatest values only of columns for which Parquet and SQL agree on them: not of texts, which a footer may
-/// have cut, nor of floats, where a footer passes over NaN.
+/// have cut, nor of floats (see [`footers`](super::footers)).
 fn reliable(mut statistics: Statistics, schema: &SchemaRef) -> Statistics {
     for (column, field) in statistics.column_statistics.iter_mut().zip(schema.fields()) {
         let agreed = matches!(field.data_type(), DataType::Int64 | DataType::Timestamp(..) | DataType::Date32);

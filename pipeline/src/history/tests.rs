@@ -448,6 +448,55 @@ fn a_query_as_deep_as_it_is_long_is_refused() {
     }
 }
 
+/// Rows of a table with floats, each with its number.
+fn floats(first: i64, values: &[f64]) -> RecordBatch {
+    let numbers: Vec<i64> = (first..).take(values.len()).collect();
+    let times = TimestampMicrosecondArray::from_iter_values(numbers.iter().map(|n| NOON_US + n)).with_timezone("UTC");
+    let times: ArrayRef = Arc::new(times);
+    let columns: Vec<ArrayRef> = vec![
+        Arc::new(Int64Array::from_iter_values(numbers)),
+        Arc::new(Float64Array::from(values.to_vec())),
+        Arc::clone(&times),
+        times,
+    ];
+    let schema = schema_of([("n", FieldType::Int), ("x", FieldType::Float)]);
+    RecordBatch::try_new(file_schema(&schema), columns).expect("rows")
+}
+
+#[test]
+fn a_row_with_nan_is_found_before_and_after_it_is_published() {
+    let batches =
+        [floats(0, &[1000.0, 3.0]), floats(10, &[f64::NAN, 2.0]), floats(20, &[-5.0, 1.0]), floats(30, &[7.0])];
+    let schema = schema_of([("n", FieldType::Int), ("x", FieldType::Float)]);
+    let (waiting, published) = (tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder"));
+    for (number, batch) in batches.iter().enumerate() {
+        publish(published.path(), NOON_US, &format!("h-{number}-0.parquet"), batch);
+    }
+    let tail: HistoryTail = Arc::new(RwLock::new(batches.to_vec()));
+    let before = history([Table { tail: Some(tail), schema: Arc::clone(&schema), ..table(waiting.path()) }]);
+    let after = history([Table { schema, ..table(published.path()) }]);
+    for (sql, expected) in [
+        ("SELECT n FROM t WHERE x > 100 ORDER BY n", "n\n0\n10\n"),
+        ("SELECT n FROM t WHERE x > 100 AND event_time >= '2026-11-20T12:00:00.00001Z'", "n\n10\n"),
+        ("SELECT count(*) AS c FROM t WHERE NOT x < 5", "c\n3\n"),
+        ("SELECT count(*) AS c FROM (SELECT * FROM t WHERE x < 5 LIMIT 6)", "c\n4\n"),
+        ("SELECT n FROM t WHERE x = CAST('NaN' AS double)", "n\n10\n"),
+        ("SELECT n FROM t ORDER BY x DESC LIMIT 2", "n\n10\n0\n"),
+        ("SELECT n FROM t ORDER BY x LIMIT 1", "n\n20\n"),
+        ("SELECT max(x) > 1000 AS above, min(x) AS least, count(x) AS c FROM t", "above,least,c\ntrue,-5.0,7\n"),
+        ("SELECT max(x) > 1000 AS above FROM t WHERE x > 1", "above\ntrue\n"),
+        ("SELECT count(*) AS c FROM t WHERE x IS NULL", "c\n0\n"),
+    ] {
+        // Once more with the footers that the first time left behind.
+        for history in [&before, &after, &after] {
+            assert_eq!(csv(history, sql), expected, "{sql}");
+        }
+    }
+    // Other columns still rule files out.
+    let plan = csv(&after, "EXPLAIN ANALYZE SELECT x FROM t WHERE x > 100 AND n >= 30");
+    assert!(plan.contains("files_ranges_pruned_statistics=4 total → 1 matched"), "{plan}");
+}
+
 #[test]
 fn rows_are_written_as_json_csv_and_table() {
     let scratch = tempfile::tempdir().expect("a folder");
