@@ -8,7 +8,8 @@ use std::sync::Arc;
 use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Int64Array, UInt64Array, new_null_array};
 use arrow::compute::kernels::nullif::nullif;
 use arrow::compute::{cast, interleave, not, prep_null_mask_filter, take};
-use arrow::datatypes::{DataType, Field, FieldRef, Float64Type, Int64Type, UInt64Type};
+use arrow::datatypes::{DataType, Decimal128Type, Field, FieldRef, Float64Type, Int64Type, UInt64Type};
+use arrow::error::ArrowError;
 use datafusion::common::{Result, ScalarValue, exec_err, plan_err};
 use datafusion::logical_expr::function::{AccumulatorArgs, StateFieldsArgs};
 use datafusion::logical_expr::utils::format_state_name;
@@ -23,6 +24,9 @@ pub(super) fn functions() -> [AggregateUDF; 2] {
         AggregateUDF::from(Extreme { name, greatest, signature }).with_aliases(aliases)
     })
 }
+
+/// Most digits of a decimal order: as many as a key holds exactly. A float would take neighbours for equal.
+const KEY_DIGITS: u8 = 18;
 
 /// The value beside the greatest or the least order. Rows in which either is null do not count; of equal ones the first
 /// that was met does.
@@ -50,6 +54,19 @@ impl AggregateUDFImpl for Extreme {
             DataType::Timestamp(..) | DataType::Date32 => order.clone(),
             signed if signed.is_signed_integer() => DataType::Int64,
             unsigned if unsigned.is_unsigned_integer() => DataType::UInt64,
+            DataType::Decimal32(precision, scale)
+            | DataType::Decimal64(precision, scale)
+            | DataType::Decimal128(precision, scale)
+            | DataType::Decimal256(precision, scale) => match *precision <= KEY_DIGITS {
+                true => DataType::Decimal128(*precision, *scale),
+                false => {
+                    return plan_err!(
+                        "{} orders by decimals of at most {KEY_DIGITS} digits, not by {order}: cast it to \
+                         decimal({KEY_DIGITS}, {scale}), or to double where equal is near enough",
+                        self.name
+                    );
+                }
+            },
             number if number.is_numeric() => DataType::Float64,
             DataType::Null => DataType::Int64,
             other => return plan_err!("{} orders by a number or a time, not by {other}", self.name),
@@ -253,6 +270,11 @@ fn keys(order: &ArrayRef, greatest: bool) -> Result<Int64Array> {
         DataType::Date32 => {
             cast(&cast(order, &DataType::Int32)?, &DataType::Int64)?.as_primitive::<Int64Type>().clone()
         }
+        DataType::Decimal128(..) => order.as_primitive::<Decimal128Type>().try_unary(|value| {
+            // Arithmetic may leave more digits in a column than its type says.
+            i64::try_from(value)
+                .map_err(|_| ArrowError::ComputeError(format!("an order has more than {KEY_DIGITS} digits")))
+        })?,
         DataType::UInt64 => order.as_primitive::<UInt64Type>().unary(|value| (value ^ 1 << 63) as i64),
         DataType::Float64 => order.as_primitive::<Float64Type>().unary(|value: f64| {
             // As `f64::total_cmp` orders them.
@@ -342,12 +364,23 @@ mod tests {
             let expected = format!("SELECT {expected} AS v FROM t WHERE at IS NOT NULL LIMIT 1");
             assert_eq!(csv(&context, sql).await, csv(&context, &expected).await, "{sql}");
         }
+        let near = "(VALUES (1, '12345678901234567'), (2, '12345678901234568'), (3, '12345678901234566')) AS r(v, o)";
+        for (kind, function, expected) in
+            [("decimal(17, 0)", "arg_max", 2), ("decimal(18, 1)", "arg_max", 2), ("decimal(18, 1)", "arg_min", 3)]
+        {
+            let found = csv(&context, &format!("SELECT {function}(v, CAST(o AS {kind})) AS v FROM {near}")).await;
+            assert_eq!(found, csv(&context, &format!("SELECT CAST({expected} AS bigint) AS v")).await, "{kind}");
+        }
         let equal = "(VALUES (1, 4), (2, 5), (3, 5), (4, 5)) AS r(v, o)";
         let first = csv(&context, &format!("SELECT arg_max(v, o) AS v, arg_min(v, -o) AS w FROM {equal}")).await;
         assert_eq!(first, csv(&context, "SELECT CAST(2 AS bigint) AS v, CAST(2 AS bigint) AS w").await);
         for (sql, part) in [
             ("SELECT arg_max(value) FROM t", "takes two arguments"),
             ("SELECT arg_max(value, device) FROM t", "orders by a number or a time, not by Utf8"),
+            (
+                "SELECT arg_max(value, CAST(at AS decimal(19, 2))) FROM t",
+                "decimals of at most 18 digits, not by Decimal128(19",
+            ),
         ] {
             let error = csv(&context, sql).await.expect_err(sql);
             assert!(error.contains(part), "{error}");
