@@ -6,6 +6,7 @@ use std::sync::Arc;
 use arrow::array::{Array, RecordBatch, RecordBatchOptions};
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, FieldRef, Fields, Schema};
+use arrow::error::ArrowError;
 use datafusion::catalog::{
     CatalogProvider, MemoryCatalogProvider, MemorySchemaProvider, SchemaProvider, TableProvider,
 };
@@ -342,7 +343,7 @@ fn describe(error: &DataFusionError, limits: &Limits) -> QueryError {
             }
             other => QueryError::new(QueryErrorKind::Sql, clean(&other.to_string())),
         },
-        DataFusionError::ObjectStore(_) | DataFusionError::ParquetError(_) | DataFusionError::IoError(_) => {
+        error if is_of_files(error) => {
             QueryError::new(QueryErrorKind::Files, format!("cannot read the history: {}", error.strip_backtrace()))
         }
         DataFusionError::Internal(_) | DataFusionError::ExecutionJoin(_) => {
@@ -350,6 +351,18 @@ fn describe(error: &DataFusionError, limits: &Limits) -> QueryError {
         }
         // Division by zero, a cast that fails, a function that does not exist: the text must change.
         other => QueryError::new(QueryErrorKind::Sql, clean(&other.strip_backtrace())),
+    }
+}
+
+/// Whether a file is missing or damaged.
+fn is_of_files(error: &DataFusionError) -> bool {
+    match error {
+        DataFusionError::ObjectStore(_) | DataFusionError::ParquetError(_) | DataFusionError::IoError(_) => true,
+        // What goes wrong while rows are decoded comes by way of Arrow.
+        DataFusionError::ArrowError(error, _) => {
+            matches!(error.as_ref(), ArrowError::ParquetError(_) | ArrowError::IoError(..))
+        }
+        _ => false,
     }
 }
 

@@ -498,6 +498,35 @@ fn a_row_with_nan_is_found_before_and_after_it_is_published() {
 }
 
 #[test]
+fn a_damaged_page_is_a_fault_of_the_files() {
+    let scratch = tempfile::tempdir().expect("a folder");
+    let folder = scratch.path().join("t").join(hour_folder(NOON_US));
+    std::fs::create_dir_all(&folder).expect("folders");
+    let path = folder.join("h-1-0.parquet");
+    let compression = parquet::basic::Compression::ZSTD(parquet::basic::ZstdLevel::default());
+    let properties = WriterProperties::builder().set_compression(compression).set_dictionary_enabled(false).build();
+    let rows = rows(0..10_000);
+    let file = File::create(&path).expect("a file");
+    let mut writer = ArrowWriter::try_new(file, rows.schema(), Some(properties)).expect("a writer");
+    writer.write(&rows).expect("rows");
+    let footer = writer.close().expect("a footer");
+    let whole = std::fs::read(&path).expect("the file");
+    let history = history([table(scratch.path())]);
+    let sql = "SELECT sum(n) AS s FROM t";
+    assert_eq!(csv(&history, sql), "s\n49995000\n");
+    // The column `n`: the head of its first page, and what is in it.
+    let chunk = footer.row_group(0).column(1).data_page_offset() as usize;
+    for place in [chunk..chunk + 8, chunk + 40..chunk + 60] {
+        let mut damaged = whole.clone();
+        damaged[place.clone()].iter_mut().for_each(|byte| *byte = !*byte);
+        std::fs::write(&path, damaged).expect("a damaged file");
+        let error = failure(&history, sql, &Limits::default());
+        assert_eq!(error.kind, QueryErrorKind::Files, "{place:?}: {error}");
+        assert!(error.to_string().starts_with("cannot read the history: "), "{place:?}: {error}");
+    }
+}
+
+#[test]
 fn rows_are_written_as_json_csv_and_table() {
     let scratch = tempfile::tempdir().expect("a folder");
     publish(scratch.path(), NOON_US, "h-1-0.parquet", &rows([1]));
