@@ -448,6 +448,43 @@ fn a_query_as_deep_as_it_is_long_is_refused() {
     }
 }
 
+#[test]
+fn a_short_text_cannot_make_a_large_query() {
+    let scratch = tempfile::tempdir().expect("a folder");
+    let history = history([table(scratch.path())]);
+    let doubled = |first: &str, body: &str, count: usize| {
+        let more: String =
+            (1..=count).map(|n| format!(", a{n} AS ({})", body.replace('_', &(n - 1).to_string()))).collect();
+        format!("WITH a0 AS ({first}){more} SELECT count(*) AS c FROM a{count}")
+    };
+    let aliases = |count: usize| (0..count).map(|n| format!("t a{n}")).collect::<Vec<_>>().join(",");
+    let limit = query::TABLES_MAX;
+    for sql in [
+        doubled("SELECT 1 x", "SELECT * FROM a_ UNION ALL SELECT * FROM a_", 40),
+        doubled("SELECT n FROM t", "SELECT b.n FROM a_ b, a_ c", 40),
+        doubled(
+            "SELECT 1 x",
+            "SELECT * FROM (WITH b AS (SELECT * FROM a_) SELECT * FROM b UNION ALL SELECT * FROM b) q",
+            40,
+        ),
+        // Never read, and planned all the same.
+        doubled("SELECT 1 x", "SELECT * FROM a_ WHERE x IN (SELECT x FROM a_)", 40).replace("FROM a40", "FROM a0"),
+        format!("EXPLAIN SELECT count(*) FROM {}", aliases(4000)),
+        format!("SELECT count(*) FROM {}", aliases(limit + 1)),
+    ] {
+        let error = failure(&history, &sql, &Limits::default());
+        assert!(error.to_string().starts_with("the query reads more than 100 tables"), "{sql:.99}: {error}");
+        assert_eq!(error.kind, QueryErrorKind::Sql);
+    }
+    for (sql, expected) in [
+        (format!("SELECT count(*) AS c FROM {}", aliases(limit)), "c\n0\n"),
+        (doubled("SELECT 1 x", "SELECT * FROM a_", limit - 1), "c\n1\n"),
+        (doubled("SELECT 1 x", "SELECT * FROM a_ UNION ALL SELECT * FROM a_", 5), "c\n32\n"),
+    ] {
+        assert_eq!(csv(&history, &sql), expected, "{sql:.99}");
+    }
+}
+
 /// Rows of a table with floats, each with its number.
 fn floats(first: i64, values: &[f64]) -> RecordBatch {
     let numbers: Vec<i64> = (first..).take(values.len()).collect();
