@@ -391,6 +391,38 @@ async fn a_long_snapshot_comes_in_parts_before_what_follows() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_asks_and_does_not_read_is_given_one_snapshot_at_a_time() {
+    const ASKED: u64 = 200;
+    let mut world = World::start("{type: websocket, path: /ws}").await;
+    let devices: Vec<String> = (0..5000).map(|n| format!("{n:060}")).collect();
+    let all: Vec<(&str, f64)> = devices.iter().map(|device| (device.as_str(), 1.0)).collect();
+    world.emit(LOAD, &all);
+    let mut client = world.connect("/ws?metric=load").await;
+    for _ in 0..ASKED {
+        client.send(r#"{"type":"subscribe","metric":"load"}"#).await;
+    }
+    client.send("ping").await;
+    let _hello = client.json().await;
+    for asked in 0..=ASKED {
+        let (mut seen, mut part, mut parts) = (0, 0, 1);
+        while part < parts {
+            let frame = client.json().await;
+            assert_eq!(frame["type"], "snapshot");
+            part += 1;
+            assert_eq!(frame["part"], part);
+            parts = frame["parts"].as_u64().expect("a count");
+            seen += rows(&frame).len();
+        }
+        assert_eq!(seen, 5000);
+        let connections = world.live.status.connections.list();
+        let received = connections[0].received.load(Relaxed);
+        // Half a megabyte each: no more than fit into the buffers of the two sockets are on their way.
+        assert!(received < asked + ASKED / 2, "{received} messages were read when {asked} were answered");
+    }
+    assert_eq!(client.text().await, "pong");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_has_everything_gets_no_snapshot() {
     let mut world = World::start(PLAIN).await;
     world.emit(LOAD, &[("A", 1.0)]);

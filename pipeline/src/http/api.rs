@@ -192,21 +192,22 @@ impl Api {
             let hint = hint.map(|hint| format!("; {hint}")).unwrap_or_default();
             return respond::error(StatusCode::NOT_FOUND, format!("no metric `{name}`{hint}"));
         };
-        let mut filters = Vec::new();
+        let mut filters: Vec<(usize, Vec<String>)> = Vec::new();
         for (column, values) in respond::parameters(request.inner.uri()) {
             let Some(index) = keys.iter().position(|key| *key == column) else {
                 let message = format!("`{column}` is no key column of `{name}`; its keys are: {}", keys.join(", "));
                 return respond::error(StatusCode::BAD_REQUEST, message);
             };
-            filters.push((index, values.split(',').map(str::to_owned).collect::<Vec<_>>()));
+            filters.push((index, values.split(',').map(str::to_owned).collect()));
         }
         self.live.want_for_a_minute(name);
-        let latest = self.live.latest(name).unwrap_or_default();
+        let wanted = |key: &KeyText| filters.iter().all(|(index, values)| values.iter().any(|v| **v == *key[*index]));
+        let latest = self.live.latest_where(name, wanted).unwrap_or_default();
         let tag = format!("\"{}-{}\"", self.live.epoch, latest.number);
         let mut response = if respond::is_known(request.inner.headers(), &tag) {
             respond::answer(StatusCode::NOT_MODIFIED, "application/json", "")
         } else {
-            respond::answer(StatusCode::OK, "application/json", latest_body(name, &self.live.epoch, &latest, &filters))
+            respond::answer(StatusCode::OK, "application/json", latest_body(name, &self.live.epoch, &latest))
         };
         let headers = response.headers_mut();
         if let Ok(tag) = HeaderValue::from_str(&tag) {
@@ -256,15 +257,14 @@ impl Api {
 }
 
 /// `{"metric":…,"epoch":…,"batch":…,"timestamp":…,"data":[…]}`, the rows as they were encoded once.
-fn latest_body(name: &str, epoch: &str, latest: &Latest, filters: &[(usize, Vec<String>)]) -> String {
+fn latest_body(name: &str, epoch: &str, latest: &Latest) -> String {
     let timestamp =
         if latest.number == 0 { "null".to_owned() } else { format!("\"{}\"", format_us(latest.updated_us)) };
     let mut body = format!(
         "{{\"metric\":\"{name}\",\"epoch\":\"{epoch}\",\"batch\":{},\"timestamp\":{timestamp},\"data\":[",
         latest.number
     );
-    let wanted = |key: &KeyText| filters.iter().all(|(index, values)| values.iter().any(|v| **v == *key[*index]));
-    for (index, (_, row)) in latest.rows.iter().filter(|(key, _)| wanted(key)).enumerate() {
+    for (index, row) in latest.rows.iter().enumerate() {
         if index > 0 {
             body.push(',');
         }

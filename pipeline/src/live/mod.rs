@@ -50,8 +50,8 @@ pub type KeyText = Box<[Box<str>]>;
 /// The latest row per key of a metric.
 #[derive(Clone, Debug, Default)]
 pub struct Latest {
-    /// Key and row as a JSON object.
-    pub rows: Vec<(KeyText, Arc<str>)>,
+    /// Each row as a JSON object.
+    pub rows: Vec<Arc<str>>,
     /// Number of the newest output batch; 0 if there is none.
     pub number: u64,
     /// When it came, microseconds since 1970 UTC.
@@ -112,8 +112,8 @@ impl Live {
     /// The latest rows of a metric whose key `keep` accepts; `None` if there is no such metric.
     pub fn latest_where(&self, metric: &str, keep: impl Fn(&KeyText) -> bool) -> Option<Latest> {
         let latest = lock(&self.metrics.get(metric)?.latest);
-        let kept = latest.iter().filter(|(key, _)| keep(key));
-        let rows = kept.map(|(key, row)| (key.clone(), Arc::clone(row))).collect();
+        // The pipeline waits meanwhile: rows are shared, not copied, and their keys stay where they are.
+        let rows = latest.iter().filter(|(key, _)| keep(key)).map(|(_, row)| Arc::clone(row)).collect();
         Some(Latest { rows, number: latest.number, updated_us: latest.updated_us })
     }
 

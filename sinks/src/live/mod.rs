@@ -184,8 +184,7 @@ impl Hub {
             filter.is_some_and(|filter| filter.matches(|column| key.get(column).map_or("", |text| text)))
         };
         let latest = self.live.latest_where(&self.catalog().metrics[metric].name, keep).unwrap_or_default();
-        let rows: Vec<Arc<str>> =
-            latest.rows.into_iter().map(|(_, row)| row).filter(|row| row.len() <= ROW_BYTES_MAX).collect();
+        let rows: Vec<Arc<str>> = latest.rows.into_iter().filter(|row| row.len() <= ROW_BYTES_MAX).collect();
         let parts = match rows.is_empty() {
             true => vec![Range::default()],
             false => cut(rows.iter().map(|row| row.len())).collect(),

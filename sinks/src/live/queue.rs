@@ -2,7 +2,8 @@
 //!
 //! The policy is `drop_oldest`: a client that comes back wants what is new. What was dropped is counted on the
 //! connection, and told to the client by a gap frame that stands where the dropped frames would have stood.
-//! Answers and snapshots are never dropped; a client gets no new one before it took the last.
+//! Answers and snapshots are never dropped: a client that does not take them is not listened to, so that it cannot ask
+//! for more.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -76,6 +77,8 @@ struct Queue {
     /// Number of updates among the items, and their bytes.
     updates: usize,
     bytes: usize,
+    /// Number of snapshots among the items. Each refers to up to all rows of a metric.
+    snapshots: usize,
     lost: Vec<Lost>,
     warned: bool,
     closed: bool,
@@ -127,7 +130,9 @@ impl Client {
 
     /// Adds a snapshot, which is never dropped.
     pub(crate) fn snapshot(&self, snapshot: Snapshot) {
-        self.push(&mut lock(&self.queue), Item::Snapshot(snapshot));
+        let mut queue = lock(&self.queue);
+        queue.snapshots += 1;
+        self.push(&mut queue, Item::Snapshot(snapshot));
     }
 
     /// Takes nothing more; what waits is still to be sent.
@@ -229,6 +234,11 @@ impl Outgoing {
         Taken { more, ended: queue.closed && !more }
     }
 
+    /// Whether a snapshot waits, or is on its way.
+    pub(crate) fn has_snapshot(&self) -> bool {
+        self.snapshot.is_some() || lock(&self.client.queue).snapshots > 0
+    }
+
     fn take_items(&mut self) {
         let mut queue = lock(&self.client.queue);
         let mut frames = 0;
@@ -248,6 +258,7 @@ impl Outgoing {
             frames += 1;
             self.items.push(item);
             if is_snapshot {
+                queue.snapshots -= 1;
                 return;
             }
         }
@@ -346,6 +357,14 @@ mod tests {
         client.snapshot(Snapshot { metric: 0, seq: 1, batch: 1, rows, parts: vec![0..2, 2..3], completes: true });
         client.update(&emission(0, 2));
         let row = |n| format!(r#"{{"event":"message","data":{n}}}"#);
-        assert_eq!(everything(&mut outgoing), ["0:1".to_owned(), row(1), row(2), row(3), "0:2".to_owned()]);
+        assert!(outgoing.has_snapshot());
+        let mut frames = Vec::new();
+        outgoing.take(&mut frames);
+        assert_eq!(frames, ["0:1".to_owned(), row(1), row(2)]);
+        assert!(outgoing.has_snapshot(), "half of it is not all");
+        outgoing.take(&mut frames);
+        assert!(!outgoing.has_snapshot());
+        assert_eq!(frames[3..], [row(3)]);
+        assert_eq!(everything(&mut outgoing), ["0:2"]);
     }
 }

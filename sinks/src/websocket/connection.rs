@@ -119,6 +119,9 @@ struct Session {
     frames: Vec<Utf8Bytes>,
     /// Frames are written that the library may still hold.
     is_unflushed: bool,
+    /// What the client asked for while a snapshot was on its way to it. Nothing more is read before it is done: each
+    /// answer is a snapshot too, and takes time from the pipeline.
+    asked: Option<ClientMessage>,
     /// A Ping was sent and nothing came since.
     is_silent: bool,
     errors: u64,
@@ -134,6 +137,7 @@ impl Session {
             outgoing,
             frames: Vec::new(),
             is_unflushed: false,
+            asked: None,
             is_silent: false,
             errors: 0,
         }
@@ -149,8 +153,16 @@ impl Session {
             if taken.ended {
                 return End::Close(CloseCode::Away, "the server stops");
             }
+            if !self.outgoing.has_snapshot()
+                && let Some(asked) = self.asked.take()
+            {
+                if let Err(end) = self.answer(&asked) {
+                    return end;
+                }
+                continue;
+            }
             // A client that does not take its answers is not listened to.
-            let listens = !self.client.is_backed_up();
+            let listens = self.asked.is_none() && !self.client.is_backed_up();
             tokio::select! {
                 message = self.socket.next(), if listens => {
                     if let Err(end) = self.receive(message) {
@@ -160,7 +172,7 @@ impl Session {
                 () = self.client.ready(), if !taken.more => {}
                 () = std::future::ready(()), if taken.more => {}
                 _ = keep_alive.tick() => {
-                    if let Err(end) = self.ping().await {
+                    if let Err(end) = self.ping(listens).await {
                         return end;
                     }
                 }
@@ -194,12 +206,13 @@ impl Session {
         }
     }
 
-    /// Sends a Ping, and a frame that scripts in a browser can see.
-    async fn ping(&mut self) -> Result<(), End> {
-        if self.is_silent {
+    /// Sends a Ping, and a frame that scripts in a browser can see. A client that answered none since the last one is
+    /// gone; of one that is not listened to nobody knows, but it takes what waits, or is gone too.
+    async fn ping(&mut self, listens: bool) -> Result<(), End> {
+        if self.is_silent && listens {
             return Err(End::Gone);
         }
-        self.is_silent = true;
+        self.is_silent = listens;
         let ping = Message::Ping(bytes::Bytes::new());
         if !matches!(timeout(WRITE_PATIENCE, self.socket.send(ping)).await, Ok(Ok(()))) {
             return Err(End::Gone);
@@ -231,24 +244,40 @@ impl Session {
             self.client.answer(Utf8Bytes::from_static("pong"));
             return Ok(());
         }
-        let result = match serde_json::from_str(text) {
-            Ok(ClientMessage::Subscribe(change)) => self.membership.subscribe(&change).map_err(|refusal| refusal.0),
-            Ok(ClientMessage::Unsubscribe(change)) => self.membership.unsubscribe(&change).map_err(|refusal| refusal.0),
+        match serde_json::from_str(text) {
             Ok(ClientMessage::Ping {}) => {
                 self.client.answer(self.membership.hub().encoder.pong());
                 Ok(())
             }
-            Err(error) => Err(format!(
+            Ok(asked) if self.outgoing.has_snapshot() => {
+                self.asked = Some(asked);
+                Ok(())
+            }
+            Ok(asked) => self.answer(&asked),
+            Err(error) => self.refuse(&format!(
                 "not understood: {error}; send `ping`, or {{\"type\":\"subscribe\",\"metric\":NAME,\"where\":{{COLUMN:[VALUES]}}}}"
             )),
+        }
+    }
+
+    /// Does what the client asked for.
+    fn answer(&mut self, asked: &ClientMessage) -> Result<(), End> {
+        let result = match asked {
+            ClientMessage::Subscribe(change) => self.membership.subscribe(change),
+            ClientMessage::Unsubscribe(change) => self.membership.unsubscribe(change),
+            ClientMessage::Ping {} => Ok(()),
         };
-        let Err(message) = result else { return Ok(()) };
+        result.or_else(|refusal| self.refuse(&refusal.0))
+    }
+
+    /// Tells the client that a message was wrong.
+    fn refuse(&mut self, message: &str) -> Result<(), End> {
         self.client.connection.errors.fetch_add(1, Relaxed);
         self.errors += 1;
         if self.errors >= ERRORS_MAX {
             return Err(End::Close(CloseCode::Policy, "too many wrong messages"));
         }
-        self.client.answer(self.membership.hub().encoder.error(&message));
+        self.client.answer(self.membership.hub().encoder.error(message));
         Ok(())
     }
 }

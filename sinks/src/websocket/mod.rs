@@ -36,7 +36,7 @@ While connected it may send
 
 `subscribe` adds rows of a metric; if the client had all of its rows it narrows to the ones named. `unsubscribe` takes
 rows back, without `where` all of the metric. Each is answered by a snapshot of what the client now has of the
-metric, or by an `error` frame; `ping` by `pong`.
+metric, once the snapshot before it has been sent, or by an `error` frame; `ping` by `pong`.
 
 ## Writes
 
