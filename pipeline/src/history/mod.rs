@@ -31,7 +31,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
-use arrow::array::RecordBatch;
+use arrow::array::{Array, RecordBatch};
 use arrow::datatypes::SchemaRef;
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::Semaphore;
@@ -93,6 +93,15 @@ impl Default for Limits {
     fn default() -> Self {
         Self { time: Duration::from_secs(30), memory: 512 << 20, rows: 100_000 }
     }
+}
+
+/// Bytes of the rows themselves: a slice counts for its part of the buffers.
+pub fn bytes_of(rows: &RecordBatch) -> usize {
+    let sliced = |array: &dyn Array| {
+        let whole = array.get_array_memory_size();
+        array.to_data().get_slice_memory_size().map_or(whole, |part| part.min(whole))
+    };
+    rows.columns().iter().map(|column| sliced(column.as_ref())).sum()
 }
 
 /// The rows of a query.

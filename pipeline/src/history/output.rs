@@ -3,12 +3,10 @@
 use std::fmt::Write;
 use std::str::FromStr;
 
-use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
-use arrow::datatypes::{DataType, Field, Schema};
+use arrow::array::RecordBatch;
 
 use super::QueryResult;
-use crate::json::{JsonRows, encode_rows};
-use crate::schema::is_json;
+use crate::json::{ColumnText, encode_rows};
 
 /// How rows are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -77,13 +75,13 @@ pub fn csv(result: &QueryResult) -> String {
     out.push_str(&header.join(","));
     out.push('\n');
     for batch in &result.batches {
-        let cells = Cells::new(batch);
+        let columns = texts(batch);
         for row in 0..batch.num_rows() {
-            for column in 0..cells.columns.len() {
-                if column > 0 {
+            for (index, column) in columns.iter().enumerate() {
+                if index > 0 {
                     out.push(',');
                 }
-                out.push_str(&csv_cell(cells.text(column, row)));
+                out.push_str(&csv_cell(column.get(row)));
             }
             out.push('\n');
         }
@@ -107,12 +105,9 @@ pub fn table(result: &QueryResult) -> String {
     let right: Vec<bool> = result.schema.fields().iter().map(|f| f.data_type().is_numeric()).collect();
     let mut lines: Vec<Vec<String>> = Vec::with_capacity(result.rows());
     for batch in &result.batches {
-        let cells = Cells::new(batch);
-        lines.extend(
-            (0..batch.num_rows()).map(|row| {
-                (0..names.len()).map(|column| one_line(cells.text(column, row).unwrap_or("NULL"))).collect()
-            }),
-        );
+        let columns = texts(batch);
+        let line = |row| columns.iter().map(|column| one_line(column.get(row).unwrap_or("NULL"))).collect();
+        lines.extend((0..batch.num_rows()).map(line));
     }
     let width = |column: usize| {
         lines.iter().map(|line| line[column].chars().count()).chain([names[column].chars().count()]).max().unwrap_or(0)
@@ -153,62 +148,8 @@ fn one_line(text: &str) -> String {
     text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
 }
 
-/// The cells of a batch as text.
-struct Cells {
-    columns: Vec<Column>,
-}
-
-enum Column {
-    /// Text as it is.
-    Text(ArrayRef),
-    /// A number, a boolean, JSON: as in JSON.
-    Json(JsonRows),
-    /// A time, a day, a decimal, bytes: as in JSON without the quotes.
-    Unquoted(JsonRows),
-    /// Cannot be written.
-    Nothing,
-}
-
-impl Cells {
-    fn new(batch: &RecordBatch) -> Self {
-        let column = |(field, array): (&Field, &ArrayRef)| {
-            if *array.data_type() == DataType::Utf8 && !is_json(field) {
-                return Column::Text(array.clone());
-            }
-            let quoted = !is_json(field) && !array.data_type().is_nested();
-            // A name of no letters, so that the place of the value is known.
-            let alone = Schema::new(vec![field.clone().with_name("").with_nullable(true)]);
-            match RecordBatch::try_new(alone.into(), vec![array.clone()]) {
-                Ok(alone) if quoted => Column::Unquoted(encode_rows(&alone)),
-                Ok(alone) => Column::Json(encode_rows(&alone)),
-                Err(_) => Column::Nothing,
-            }
-        };
-        let text_views = |array: &ArrayRef| match array.data_type() {
-            DataType::Utf8View | DataType::LargeUtf8 => {
-                arrow::compute::cast(array, &DataType::Utf8).unwrap_or_else(|_| array.clone())
-            }
-            _ => array.clone(),
-        };
-        let columns = batch.schema_ref().fields().iter().zip(batch.columns());
-        Self { columns: columns.map(|(field, array)| column((field, &text_views(array)))).collect() }
-    }
-
-    /// The text of one cell; `None` for null.
-    fn text(&self, column: usize, row: usize) -> Option<&str> {
-        // `{"":VALUE}`
-        let value = |rows: &'_ JsonRows| -> Option<std::ops::Range<usize>> {
-            let end = rows.row(row).len().checked_sub(1)?;
-            (rows.row(row).get(4..end)? != "null").then_some(4..end)
-        };
-        match &self.columns[column] {
-            Column::Text(array) => (!array.is_null(row)).then(|| array.as_string::<i32>().value(row)),
-            Column::Json(rows) => rows.row(row).get(value(rows)?),
-            Column::Unquoted(rows) => {
-                let text = rows.row(row).get(value(rows)?)?;
-                Some(text.strip_prefix('"').and_then(|t| t.strip_suffix('"')).unwrap_or(text))
-            }
-            Column::Nothing => None,
-        }
-    }
+/// The columns of a batch as text.
+fn texts(batch: &RecordBatch) -> Vec<ColumnText> {
+    let columns = batch.schema_ref().fields().iter().zip(batch.columns());
+    columns.map(|(field, values)| ColumnText::new(field, values)).collect()
 }

@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use arrow::array::{Array, RecordBatch, RecordBatchOptions};
+use arrow::array::{RecordBatch, RecordBatchOptions};
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, FieldRef, Fields, Schema};
 use arrow::error::ArrowError;
@@ -29,7 +29,7 @@ use futures::StreamExt;
 use super::arg_max;
 use super::store::FilesStore;
 use super::table::QueriedTable;
-use super::{Limits, QueryError, QueryErrorKind, QueryResult, Table};
+use super::{Limits, QueryError, QueryErrorKind, QueryResult, Table, bytes_of};
 use crate::config::did_you_mean;
 
 /// The one catalog.
@@ -367,15 +367,6 @@ fn plain_text(batch: &RecordBatch) -> Result<RecordBatch, DataFusionError> {
     let columns = casted.collect::<Result<Vec<_>, _>>()?;
     let options = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
     Ok(RecordBatch::try_new_with_options(Arc::new(schema), columns, &options)?)
-}
-
-/// Bytes of the rows themselves: a slice counts for its part of the buffers.
-fn bytes_of(batch: &RecordBatch) -> usize {
-    let sliced = |array: &dyn Array| {
-        let whole = array.get_array_memory_size();
-        array.to_data().get_slice_memory_size().map_or(whole, |part| part.min(whole))
-    };
-    batch.columns().iter().map(|column| sliced(column.as_ref())).sum()
 }
 
 fn too_much_memory(limits: &Limits) -> QueryError {

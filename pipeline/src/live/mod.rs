@@ -4,13 +4,11 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
-use arrow::array::{Array, ArrayRef, AsArray};
-use arrow::datatypes::{DataType, Schema};
 use tokio::sync::watch;
 
 use crate::batch::Batch;
 use crate::error::Result;
-use crate::json::encode_rows;
+use crate::json::{ColumnText, encode_rows};
 use crate::state::StateReader;
 use crate::status::{Status, lock};
 use crate::time::now_us;
@@ -187,14 +185,8 @@ impl Drop for DemandGuard {
 
 /// Reads the key columns of a batch as text.
 pub struct KeyColumns {
-    columns: Vec<KeyColumn>,
-}
-
-enum KeyColumn {
-    Text(ArrayRef),
-    /// Any other type: each value as JSON, without the quotes.
-    Other(crate::json::JsonRows),
-    Missing,
+    /// `None` is a column that is not there.
+    columns: Vec<Option<ColumnText>>,
 }
 
 impl KeyColumns {
@@ -202,38 +194,19 @@ impl KeyColumns {
     pub fn new(batch: &Batch, keys: &[String]) -> Self {
         let rows = batch.rows();
         let column = |name: &String| {
-            let Ok(index) = rows.schema_ref().index_of(name) else { return KeyColumn::Missing };
-            let array = rows.column(index);
-            if *array.data_type() == DataType::Utf8 {
-                return KeyColumn::Text(Arc::clone(array));
-            }
-            let field = rows.schema_ref().field(index).clone().with_name("");
-            let alone = arrow::array::RecordBatch::try_new(Arc::new(Schema::new(vec![field])), vec![Arc::clone(array)]);
-            alone.map_or(KeyColumn::Missing, |alone| KeyColumn::Other(encode_rows(&alone)))
+            let index = rows.schema_ref().index_of(name).ok()?;
+            Some(ColumnText::new(rows.schema_ref().field(index), rows.column(index)))
         };
         Self { columns: keys.iter().map(column).collect() }
     }
 
     /// The key of one row.
     pub fn text(&self, row: usize) -> KeyText {
-        self.columns.iter().map(|column| Box::from(self.cell(column, row))).collect()
+        (0..self.columns.len()).map(|index| Box::from(self.value(index, row))).collect()
     }
 
     /// The text of key column `index` in one row.
     pub fn value(&self, index: usize, row: usize) -> &str {
-        self.cell(&self.columns[index], row)
-    }
-
-    fn cell<'a>(&self, column: &'a KeyColumn, row: usize) -> &'a str {
-        match column {
-            KeyColumn::Text(array) if array.is_null(row) => "",
-            KeyColumn::Text(array) => array.as_string::<i32>().value(row),
-            // `{"":VALUE}`
-            KeyColumn::Other(json) => match json.row(row).get(4..).and_then(|rest| rest.strip_suffix('}')) {
-                Some("null") | None => "",
-                Some(value) => value.trim_matches('"'),
-            },
-            KeyColumn::Missing => "",
-        }
+        self.columns[index].as_ref().and_then(|column| column.get(row)).unwrap_or_default()
     }
 }

@@ -22,6 +22,7 @@ use pipeline::batch::{Batch, Stage, with_hidden_columns};
 use pipeline::config::{At, ByteSize, CheckContext, Duration};
 use pipeline::disk::{Disk, RealDisk};
 use pipeline::error::{Error, Result};
+use pipeline::history::bytes_of;
 use pipeline::history::files::{self, DAY, HOUR, HistoryFile, STAGE_FOLDER, hour_folder};
 use pipeline::plugin::{
     self, HistoryTail, Promise, Sink, SinkConfig, SinkContext, SinkInput, SinkShape, StagingSink, Upkeep,
@@ -34,7 +35,7 @@ use serde::Deserialize;
 
 use ledger::Ledger;
 use names::FileName;
-use open::{Facts, Input, Open, bytes_of};
+use open::{Facts, Input, Open};
 use upkeep::{HistoryUpkeep, Shared};
 
 const PAGE: &str = "\

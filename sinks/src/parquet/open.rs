@@ -2,7 +2,7 @@
 
 use std::sync::PoisonError;
 
-use arrow::array::{Array, RecordBatch};
+use arrow::array::RecordBatch;
 use arrow::compute::concat_batches;
 use arrow::datatypes::SchemaRef;
 use pipeline::batch::BATCH_ROWS_MAX;
@@ -80,13 +80,4 @@ impl Facts {
             since_us: self.since_us.min(other.since_us),
         }
     }
-}
-
-/// Bytes of the rows themselves: a slice counts for its part of the buffers.
-pub(super) fn bytes_of(rows: &RecordBatch) -> usize {
-    let sliced = |array: &dyn Array| {
-        let whole = array.get_array_memory_size();
-        array.to_data().get_slice_memory_size().map_or(whole, |part| part.min(whole))
-    };
-    rows.columns().iter().map(|column| sliced(column.as_ref())).sum()
 }

@@ -2,16 +2,15 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::sync::Arc;
 
 use arrow::array::{
     Array, ArrayRef, AsArray, BinaryArray, BooleanArray, Float64Array, Int64Array, RecordBatch, StringArray,
 };
 use arrow::compute::{CastOptions, cast_with_options};
-use arrow::datatypes::{DataType, Field, Schema, TimestampMicrosecondType};
+use arrow::datatypes::{DataType, Field, TimestampMicrosecondType};
 use chrono::DateTime;
 use pipeline::error::{Error, Result};
-use pipeline::json::encode_rows;
+use pipeline::json::ColumnText;
 use pipeline::schema::{is_json, timestamp_type};
 
 use super::statement::{Server, Table};
@@ -84,7 +83,10 @@ impl Column {
                 let times = times.as_primitive::<TimestampMicrosecondType>();
                 Self::Text(times.iter().map(|us| us.map(|us| time_text(us, server))).collect())
             }
-            Kind::Json if field.data_type().is_nested() => Self::Text(json_texts(field, array)?),
+            Kind::Json if field.data_type().is_nested() => {
+                let texts = ColumnText::new(field, array);
+                Self::Text((0..array.len()).map(|row| texts.get(row)).collect())
+            }
             Kind::Text | Kind::Json | Kind::Day | Kind::Decimal(..) => {
                 Self::Text(cast(&DataType::Utf8)?.as_string().clone())
             }
@@ -124,14 +126,6 @@ fn time_text(us: i64, server: &Server) -> String {
         // Beyond the year 262143: the database refuses it and the row is reported.
         None => us.to_string(),
     }
-}
-
-/// The JSON text of each value of a struct or list.
-fn json_texts(field: &Field, array: &ArrayRef) -> Result<StringArray> {
-    let schema = Schema::new(vec![field.clone().with_name("v").with_nullable(true)]);
-    let rows = encode_rows(&RecordBatch::try_new(Arc::new(schema), vec![Arc::clone(array)])?);
-    let value = |text: &str| text.strip_prefix("{\"v\":").and_then(|t| t.strip_suffix('}')).map(str::to_owned);
-    Ok((0..array.len()).map(|row| array.is_valid(row).then(|| value(rows.row(row))).flatten()).collect())
 }
 
 /// The columns of a delivery, in the order of the table.
@@ -182,6 +176,8 @@ impl Columns {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use arrow::array::StructArray;
 
     use super::*;
@@ -191,7 +187,8 @@ mod tests {
         let inner = Arc::new(Field::new("n", DataType::Int64, true));
         let array = StructArray::from(vec![(inner, Arc::new(Int64Array::from(vec![Some(1), None])) as ArrayRef)]);
         let field = Field::new("s", array.data_type().clone(), true);
-        let texts = json_texts(&field, &(Arc::new(array) as ArrayRef)).expect("texts");
+        let column = Column::new(&field, &(Arc::new(array) as ArrayRef), &Server::Postgres).expect("texts");
+        let Column::Text(texts) = column else { panic!("text was expected") };
         assert_eq!(texts.iter().collect::<Vec<_>>(), [Some(r#"{"n":1}"#), Some(r#"{"n":null}"#)]);
         assert_eq!(time_text(1_500_000, &Server::Postgres), "1970-01-01T00:00:01.500000Z");
         assert_eq!(time_text(1_000_000, &Server::MySql), "1970-01-01 00:00:01.000000");
