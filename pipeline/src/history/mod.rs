@@ -22,6 +22,7 @@ mod footers;
 pub mod http;
 pub mod output;
 mod query;
+mod size;
 mod store;
 mod table;
 

@@ -1,7 +1,5 @@
 //! Runs one read-only query: names resolved to tables, planned, executed within its limits.
 
-use std::collections::{HashMap, VecDeque};
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use arrow::array::{RecordBatch, RecordBatchOptions};
@@ -21,12 +19,11 @@ use datafusion::execution::object_store::ObjectStoreUrl;
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::sql::parser::Statement as DfStatement;
-use datafusion::sql::sqlparser::ast::{
-    Expr as SqlExpr, ObjectName, Query, SetExpr, Statement as SqlStatement, Visit, Visitor,
-};
+use datafusion::sql::sqlparser::ast::Statement as SqlStatement;
 use futures::StreamExt;
 
 use super::arg_max;
+use super::size;
 use super::store::FilesStore;
 use super::table::QueriedTable;
 use super::{Limits, QueryError, QueryErrorKind, QueryResult, Table, bytes_of};
@@ -49,18 +46,10 @@ const TRIES_MAX: usize = 5;
 /// DataFusion's 8,192 make them half as fast; of more than this many the columns no longer stay in the processor's cache.
 const BATCH_ROWS: usize = 16 * 1024;
 
-/// Deepest nesting of operators, and most `UNION`s. The planner's time grows with the square of either, and it
-/// cannot be interrupted: this much takes a fraction of a second.
-pub(super) const DEPTH_MAX: usize = 500;
-
-/// Most tables that a query reads. The planner's time grows with the third power of those that are joined, and it cannot
-/// be interrupted: this many take about a second.
-pub(super) const TABLES_MAX: usize = 100;
-
 /// Most bytes of footers that are kept from query to query; those asked for longest ago go first.
 const FOOTERS_BYTES_MAX: usize = 32 << 20;
 
-type Outcome<T> = Result<T, QueryError>;
+pub(super) type Outcome<T> = Result<T, QueryError>;
 
 /// Footers of files that were read, each good for the file of that name, size and time of change.
 pub(super) type Footers = Arc<FileMetadataCache>;
@@ -171,13 +160,14 @@ impl<'a> Attempt<'a> {
                     .to_owned(),
             ));
         }
-        refuse_size(&statement)?;
+        size::refuse_statement(&statement)?;
         for reference in state.resolve_table_references(&statement).map_err(|e| describe(&e, limits))? {
             self.check_name(&reference)?;
         }
         let plan = state.statement_to_plan(statement).await.map_err(|e| describe(&e, limits))?;
         let read_only = SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
         read_only.verify_plan(&plan).map_err(|e| describe(&e, limits))?;
+        size::refuse_plan(&plan)?;
         Ok(plan)
     }
 
@@ -257,97 +247,6 @@ fn is_query(statement: &DfStatement) -> bool {
         ),
         _ => false,
     }
-}
-
-/// Refuses a statement that would take the planner too long, or more memory or stack than there is.
-fn refuse_size(statement: &DfStatement) -> Outcome<()> {
-    match statement {
-        DfStatement::Explain(explain) => refuse_size(&explain.statement),
-        DfStatement::Statement(statement) => match statement.visit(&mut Size::default()) {
-            ControlFlow::Break(message) => Err(QueryError::new(QueryErrorKind::Sql, message)),
-            ControlFlow::Continue(()) => Ok(()),
-        },
-        _ => Ok(()),
-    }
-}
-
-/// What a statement makes the planner do, counted on the way through it.
-#[derive(Default)]
-struct Size {
-    /// Operators around the place where we are.
-    depth: usize,
-    /// Queries around it.
-    queries: Vec<QuerySize>,
-}
-
-#[derive(Default)]
-struct QuerySize {
-    /// Tables that it reads, each as often as it stands there once every name of its `WITH`s is replaced by its query:
-    /// the planner does replace it.
-    tables: usize,
-    /// Names of its `WITH` whose queries come next.
-    names: VecDeque<String>,
-    /// Names of its `WITH` with the tables of their queries.
-    known: HashMap<String, usize>,
-}
-
-impl Visitor for Size {
-    type Break = String;
-
-    fn pre_visit_expr(&mut self, _: &SqlExpr) -> ControlFlow<String> {
-        self.depth += 1;
-        if self.depth > DEPTH_MAX { too_deep() } else { ControlFlow::Continue(()) }
-    }
-
-    fn post_visit_expr(&mut self, _: &SqlExpr) -> ControlFlow<String> {
-        self.depth -= 1;
-        ControlFlow::Continue(())
-    }
-
-    fn pre_visit_query(&mut self, query: &Query) -> ControlFlow<String> {
-        let (mut body, mut unions) = (query.body.as_ref(), 0);
-        while let SetExpr::SetOperation { left, .. } = body {
-            (body, unions) = (left, unions + 1);
-        }
-        let with = query.with.iter().flat_map(|with| &with.cte_tables);
-        let names = with.map(|named| named.alias.name.value.clone()).collect();
-        self.queries.push(QuerySize { names, ..QuerySize::default() });
-        if unions > DEPTH_MAX { too_deep() } else { ControlFlow::Continue(()) }
-    }
-
-    fn pre_visit_relation(&mut self, name: &ObjectName) -> ControlFlow<String> {
-        let bare = match name.0.as_slice() {
-            [part] => part.as_ident().map(|ident| ident.value.as_str()),
-            _ => None,
-        };
-        let named = bare.and_then(|bare| self.queries.iter().rev().find_map(|query| query.known.get(bare)));
-        let tables = named.map_or(1, |tables| tables.saturating_add(1));
-        if let Some(query) = self.queries.last_mut() {
-            query.tables = query.tables.saturating_add(tables);
-        }
-        ControlFlow::Continue(())
-    }
-
-    fn post_visit_query(&mut self, _: &Query) -> ControlFlow<String> {
-        let tables = self.queries.pop().map_or(0, |query| query.tables);
-        if tables > TABLES_MAX {
-            return ControlFlow::Break(format!(
-                "the query reads more than {TABLES_MAX} tables, each name of a `WITH` counted as the tables behind it"
-            ));
-        }
-        if let Some(outer) = self.queries.last_mut() {
-            // The queries of a `WITH` stand before all else.
-            match outer.names.pop_front() {
-                Some(name) => drop(outer.known.insert(name, tables)),
-                None => outer.tables = outer.tables.saturating_add(tables),
-            }
-        }
-        ControlFlow::Continue(())
-    }
-}
-
-fn too_deep() -> ControlFlow<String> {
-    ControlFlow::Break(format!("the query is nested deeper than {DEPTH_MAX} operators"))
 }
 
 /// Text as the pipelines have it: inside a query it is views, which are faster.

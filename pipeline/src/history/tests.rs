@@ -442,7 +442,7 @@ fn a_query_as_deep_as_it_is_long_is_refused() {
     }
     // As deep as allowed, and long in ways that are not deep.
     for sql in
-        [format!("SELECT 1{}", "+1".repeat(query::DEPTH_MAX - 1)), format!("SELECT 1 IN (2{})", ",2".repeat(5000))]
+        [format!("SELECT 1{}", "+1".repeat(size::DEPTH_MAX - 1)), format!("SELECT 1 IN (2{})", ",2".repeat(5000))]
     {
         query(&history, &sql).unwrap_or_else(|e| panic!("{}…: {e}", &sql[..20]));
     }
@@ -458,7 +458,7 @@ fn a_short_text_cannot_make_a_large_query() {
         format!("WITH a0 AS ({first}){more} SELECT count(*) AS c FROM a{count}")
     };
     let aliases = |count: usize| (0..count).map(|n| format!("t a{n}")).collect::<Vec<_>>().join(",");
-    let limit = query::TABLES_MAX;
+    let limit = size::TABLES_MAX;
     for sql in [
         doubled("SELECT 1 x", "SELECT * FROM a_ UNION ALL SELECT * FROM a_", 40),
         doubled("SELECT n FROM t", "SELECT b.n FROM a_ b, a_ c", 40),
@@ -480,6 +480,54 @@ fn a_short_text_cannot_make_a_large_query() {
         (format!("SELECT count(*) AS c FROM {}", aliases(limit)), "c\n0\n"),
         (doubled("SELECT 1 x", "SELECT * FROM a_", limit - 1), "c\n1\n"),
         (doubled("SELECT 1 x", "SELECT * FROM a_ UNION ALL SELECT * FROM a_", 5), "c\n32\n"),
+    ] {
+        assert_eq!(csv(&history, &sql), expected, "{sql:.99}");
+    }
+}
+
+#[test]
+fn a_short_text_cannot_make_a_large_expression() {
+    let scratch = tempfile::tempdir().expect("a folder");
+    publish(scratch.path(), NOON_US, "h-1-0.parquet", &rows([1]));
+    let history = history([table(scratch.path())]);
+    let inner = |first: &str, step: &str, count: usize| {
+        (0..count).fold(first.to_owned(), |inner, level| format!("SELECT {step} FROM ({inner}) q{level}"))
+    };
+    let nested = |open: &str, close: &str, count: usize| format!("{}n{}", open.repeat(count), close.repeat(count));
+    let doubled = |count: usize| inner("SELECT n AS x FROM t", "x + x AS x", count);
+    let between = |count: usize| nested("CAST(", " BETWEEN 0 AND 1 AS int)", count);
+    for sql in [
+        format!("SELECT x FROM ({}) q WHERE x > 1", doubled(20)),
+        format!("SELECT x FROM ({}) q ORDER BY x LIMIT 1", doubled(20)),
+        format!("SELECT x, count(*) AS c FROM ({}) q GROUP BY x HAVING x > 1", doubled(20)),
+        format!("SELECT 1 WHERE EXISTS (SELECT x FROM ({}) q WHERE x > 1)", doubled(20)),
+        format!(
+            "SELECT a.x FROM ({}) a JOIN t ON a.x = t.n WHERE a.x > 1",
+            inner("SELECT n AS x FROM t UNION SELECT 1", "x * x AS x", 20)
+        ),
+        format!(
+            "SELECT x FROM ({}) q WHERE x > 1",
+            inner("SELECT n AS x FROM t", "x + x AS x, row_number() OVER () AS r", 20)
+        ),
+        format!("SELECT n FROM t WHERE {} > 0", between(20)),
+        format!("SELECT {} AS n FROM t", nested("coalesce(", ", 1)", 20)),
+        format!("SELECT {} AS n FROM t", nested("ifnull(", ", 1)", 20)),
+        format!("EXPLAIN SELECT n FROM t WHERE {} > 0", between(20)),
+    ] {
+        let error = failure(&history, &sql, &Limits::default());
+        let message = error.to_string();
+        let is_told = message.starts_with("the expressions of the query become too long")
+            || message.starts_with("`BETWEEN`, `coalesce`, `nvl`, `ifnull` are nested deeper than 10");
+        assert!(is_told && error.kind == QueryErrorKind::Sql, "{sql:.99}: {error}");
+    }
+    for (sql, expected) in [
+        (format!("SELECT x FROM ({}) q WHERE x > 1", doubled(5)), "x\n32\n"),
+        // An aggregate stands between the levels: nothing is moved below it.
+        (
+            format!("SELECT x FROM ({}) q WHERE x > 1", inner("SELECT n AS x FROM t", "sum(x) + sum(x) AS x", 15)),
+            "x\n32768\n",
+        ),
+        (format!("SELECT {} AS n FROM t", nested("abs(", ")", 20)), "n\n1\n"),
     ] {
         assert_eq!(csv(&history, &sql), expected, "{sql:.99}");
     }
