@@ -26,7 +26,7 @@ use pipeline::status::Status;
 use sinks::mqtt::MqttConfig as SinkYaml;
 use sources::mqtt::MqttConfig as SourceYaml;
 
-use crate::support::mosquitto::{Mosquitto, publish, subscribe};
+use crate::support::mosquitto::{Cut, Cutter, Mosquitto, publish, subscribe};
 use crate::support::{PATIENCE, Scratch, free_port, wait_for};
 
 /// Waits for a step of a plugin; a test that waits in vain says for what.
@@ -288,6 +288,62 @@ async fn a_kept_session_is_subscribed_anew_only_where_topics_changed() {
         broker.publish(&format!("{version}/keep"), 1, &["still here"]);
         assert_eq!(payloads(&connection.receive(2).await), ["retained too", "still here"]);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_that_began_without_its_topics_is_subscribed_on_the_next_connection() {
+    for (version, cut, restarts) in
+        [(3, Cut::Subscribe, true), (3, Cut::Connack, false), (5, Cut::Subscribe, false), (5, Cut::Connack, true)]
+    {
+        let case = format!("version {version}, {cut:?}, restarts: {restarts}");
+        // It keeps nothing on the disk, so a restart loses the sessions.
+        let mut broker = Mosquitto::start_in_memory();
+        let cutter = Cutter::start(broker.port);
+        let folder = Scratch::new();
+        let yaml = raw(cutter.port, version, "");
+        let (_, mut source_) = source(&yaml, &folder);
+        let mut connection = Connection::open(source_.as_mut()).await;
+        broker.publish("t/a", 1, &["first"]);
+        let first = connection.receive(1).await;
+        connection.acknowledge(&first).await;
+        drop(connection);
+        broker.end("KILL");
+        broker.restart();
+        cutter.set(Some(cut));
+        connect(source_.as_mut()).await.err().unwrap_or_else(|| panic!("{case}: it was cut off"));
+        cutter.set(None);
+        if restarts {
+            source_ = source(&yaml, &folder).1;
+        }
+        let mut connection = Connection::open(source_.as_mut()).await;
+        broker.publish("t/a", 1, &["second"]);
+        let second = connection.receive(1).await;
+        assert_eq!(payloads(&second), ["second"], "{case}");
+        if cut == Cut::Subscribe {
+            assert_ne!(second[0].metadata[3..7], first[0].metadata[3..7], "{case}: another session of the broker");
+        }
+        connection.acknowledge(&second).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_handshake_that_was_cut_off_brings_no_retained_message_again_in_version_5() {
+    let broker = Mosquitto::start();
+    let cutter = Cutter::start(broker.port);
+    let folder = Scratch::new();
+    publish(broker.port, "t/kept", &["-r", "-q", "1"], &["retained"]);
+    let (_, mut source) = source(&raw(cutter.port, 5, ""), &folder);
+    let mut connection = Connection::open(source.as_mut()).await;
+    let records = connection.receive(1).await;
+    assert_eq!(payloads(&records), ["retained"]);
+    connection.acknowledge(&records).await;
+    drop(connection);
+    cutter.set(Some(Cut::Connack));
+    connect(source.as_mut()).await.err().expect("it was cut off");
+    cutter.set(None);
+    let mut connection = Connection::open(source.as_mut()).await;
+    broker.publish("t/a", 1, &["next"]);
+    assert_eq!(payloads(&connection.receive(1).await), ["next"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

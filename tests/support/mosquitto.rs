@@ -1,8 +1,10 @@
 //! A real Mosquitto broker with its own port, configuration and persistence folder, and its command line clients.
 
-use std::io::Write;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
 
 use super::{Process, Scratch, free_port, wait_for, wait_for_port};
 
@@ -101,4 +103,66 @@ pub fn subscribe(port: u16, topic: &str, options: &[&str]) -> Process {
     let process = Process::start(&mut command);
     wait_for("a subscription", || process.printed().contains("Subscribed").then_some(()));
     process
+}
+
+/// Where a handshake is cut off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cut {
+    /// The broker gets CONNECT, and its answer goes nowhere.
+    Connack,
+    /// SUBSCRIBE goes nowhere.
+    Subscribe,
+}
+
+/// Stands before a broker, and cuts handshakes off where it is told to.
+pub struct Cutter {
+    /// Where it listens.
+    pub port: u16,
+    cut: Arc<Mutex<Option<Cut>>>,
+}
+
+impl Cutter {
+    /// In front of a broker's port.
+    pub fn start(broker: u16) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+        let port = listener.local_addr().expect("its address").port();
+        let cut = Arc::new(Mutex::new(None));
+        let told = Arc::clone(&cut);
+        std::thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                let cut = *told.lock().expect("a lock");
+                if let Ok(server) = TcpStream::connect(("127.0.0.1", broker)) {
+                    std::thread::spawn(move || Self::pass(client, server, cut));
+                }
+            }
+        });
+        Self { port, cut }
+    }
+
+    /// What becomes of the connections from now on.
+    pub fn set(&self, cut: Option<Cut>) {
+        *self.cut.lock().expect("a lock") = cut;
+    }
+
+    fn pass(mut client: TcpStream, mut server: TcpStream, cut: Option<Cut>) {
+        // Each side sends one packet and waits for the other.
+        let carry = |from: &mut TcpStream, to: Option<&mut TcpStream>| {
+            let mut packet = [0; 4096];
+            let length = from.read(&mut packet).unwrap_or(0);
+            to.is_some_and(|to| length > 0 && to.write_all(&packet[..length]).is_ok())
+        };
+        let answered = carry(&mut client, Some(&mut server))
+            && carry(&mut server, Some(&mut client).filter(|_| cut != Some(Cut::Connack)));
+        if !answered || (cut == Some(Cut::Subscribe) && !carry(&mut client, None)) {
+            return;
+        }
+        let (mut reader, mut writer) = (server.try_clone().expect("an end"), client.try_clone().expect("an end"));
+        let back = std::thread::spawn(move || {
+            let _ = std::io::copy(&mut reader, &mut writer);
+            let _ = writer.shutdown(Shutdown::Write);
+        });
+        let _ = std::io::copy(&mut client, &mut server);
+        let _ = server.shutdown(Shutdown::Write);
+        let _ = back.join();
+    }
 }

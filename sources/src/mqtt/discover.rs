@@ -33,7 +33,8 @@ pub(super) async fn discover(config: &MqttConfig, cx: SourceContext) -> Result<F
     // At 1 or 2 a broker would wait for acknowledgements that never come.
     settings.qos = 0;
     let mut client = source.client(&settings).await?;
-    client.open().await?;
+    client.dial().await?;
+    client.greet().await?;
     let change = Change { subscribe: source.filters(), unsubscribe: Vec::new() };
     let mut events = subscribe(client.as_mut(), &change, settings.qos).await?;
     let mut seen = Seen::default();

@@ -52,7 +52,9 @@ and `payload` (bytes), the message as it came.
 With `qos: 1` or `2` and `session: persistent`: a message is acknowledged once it is on disk, and the broker sends again what was not. One
 that comes again is known by its packet id and its text, so each counts once, through `kill -9` on this side. The client id is made at the first start and kept in the state folder
 (`mqtt-SOURCE.id`), so the broker queues messages while the process is away, for `session_expiry`. A session that
-the broker still has is resumed without subscribing anew; if `topics` changed, only the difference is asked for.
+the broker still has is resumed without subscribing anew; if `topics` changed, only the difference is asked for. Where a
+connection ended before the broker had confirmed the topics, the next one asks for all of them again; with `version: 3` that
+brings the retained messages again, too.
 Of a broker that marks nothing as sent again (DUP), or gives it another packet id, a message may count twice; give it an id and
 use `deduplicate`.
 With `qos: 0` or `session: clean`: best effort.
@@ -452,6 +454,14 @@ impl MqttSource {
         Ok(session)
     }
 
+    /// Notes a step of the session, on the disk first. Returns the number of the broker's session.
+    async fn remember(&mut self, step: impl FnOnce() -> Result<Session> + Send + 'static) -> Result<u32> {
+        let session = blocking(step).await?;
+        let number = session.sessions;
+        self.session = Some(session);
+        Ok(number)
+    }
+
     /// Waits until the last connection has sent its acknowledgements: a new one of the same client id ends it.
     async fn end_last_connection(&mut self) {
         if let Some(task) = &mut self.last_task {
@@ -476,22 +486,29 @@ impl Source for MqttSource {
         let settings = self.settings(session.client_id.clone(), persistent);
         let wanted = Subscribed { server: settings.server(), qos: settings.qos, filters: self.filters() };
         let mut client = self.client(&settings).await?;
-        let present = client.open().await?;
+        // A broker that is not there has begun no session: only from here on is it uncertain.
+        client.dial().await?;
+        let (asked, path) = (wanted.clone(), self.path.clone());
+        let before = session.clone();
+        self.remember(move || session.about_to_connect(&asked, &path)).await?;
+        let present = client.greet().await?;
         // The broker inside the process begins with it: there was nobody to queue anything.
         let outside = matches!(self.broker, Broker::Server(_));
-        if persistent && !present && outside && session.was_subscribed(&wanted.server) {
+        if persistent && !present && outside && before.was_subscribed(&wanted.server) {
             tracing::warn!(
                 source = self.name,
                 server = wanted.server,
                 "the broker no longer has the session: messages it had queued for this source are lost"
             );
         }
-        let change = session.change(present, &wanted);
+        if !present {
+            let (session, path) = (self.session().await?, self.path.clone());
+            self.remember(move || session.begun(&path)).await?;
+        }
+        let change = Session::change(present.then_some(&before), &wanted);
         let events = subscribe(client.as_mut(), &change, settings.qos).await?;
-        let path = self.path.clone();
-        let session = blocking(move || session.subscribed(present, wanted, &path)).await?;
-        let number = session.sessions;
-        self.session = Some(session);
+        let (session, path) = (self.session().await?, self.path.clone());
+        let number = self.remember(move || session.confirmed(wanted, &path)).await?;
         let resumes = persistent && settings.qos > 0;
         let bytes_max = usize::try_from(self.config.max_message.value.0).unwrap_or(usize::MAX);
         let (reader, task) = connection::start(client, events, resumes, bytes_max, number);

@@ -18,9 +18,13 @@ const SUFFIX_DIGITS: usize = 12;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Session {
     pub(super) client_id: String,
-    /// What the broker last confirmed; empty before that.
+    /// What the broker last confirmed; empty before that, and when it has begun a new session since.
     #[serde(default)]
     subscribed: Subscribed,
+    /// Filters that connections may have asked for since, without a word from the broker that we kept. While there is
+    /// such a list, even an empty one, a session that the broker still has may hold them, or nothing at all.
+    #[serde(default)]
+    unconfirmed: Option<Vec<String>>,
     /// How many sessions the broker has begun for this client: packet ids of different ones have nothing in common.
     #[serde(default)]
     pub(super) sessions: u32,
@@ -63,7 +67,7 @@ impl Session {
             (Some(session), Some(id)) if session.client_id == id => Ok(session),
             (_, id) => {
                 let client_id = id.map_or_else(|| new_client_id(source), str::to_owned);
-                let session = Self { client_id, subscribed: Subscribed::default(), sessions: 0 };
+                let session = Self { client_id, subscribed: Subscribed::default(), unconfirmed: None, sessions: 0 };
                 session.store(path)?;
                 Ok(session)
             }
@@ -83,18 +87,41 @@ impl Session {
         File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)
     }
 
-    /// What to ask for so that `wanted` is subscribed. A session that the broker kept is left alone as far as
-    /// it fits: to subscribe again would bring every retained message again.
-    pub(super) fn change(&self, present: bool, wanted: &Subscribed) -> Change {
-        let had = &self.subscribed;
-        if !present || had.server != wanted.server {
+    /// Notes, before CONNECT leaves, that `wanted` is about to be asked for. The answer may never be read, and the broker
+    /// may have begun an empty session all the same; on the next connection it says that it has kept that one.
+    pub(super) fn about_to_connect(mut self, wanted: &Subscribed, path: &Path) -> Result<Self> {
+        let asked = self.unconfirmed.get_or_insert_default();
+        let new: Vec<String> = wanted.filters.iter().filter(|filter| !asked.contains(filter)).cloned().collect();
+        asked.extend(new);
+        self.store(path)?;
+        Ok(self)
+    }
+
+    /// Notes, before SUBSCRIBE leaves, that the broker has begun a new session.
+    pub(super) fn begun(mut self, path: &Path) -> Result<Self> {
+        self.sessions = self.sessions.wrapping_add(1);
+        self.subscribed = Subscribed::default();
+        self.store(path)?;
+        Ok(self)
+    }
+
+    /// What to ask for so that `wanted` is subscribed. `kept` is this session as it was before the connection, if the
+    /// broker still has it; it is left alone as far as it is known to fit: to subscribe again would bring every retained
+    /// message again, in version 3.
+    pub(super) fn change(kept: Option<&Self>, wanted: &Subscribed) -> Change {
+        let Some(kept) = kept else {
             return Change { subscribe: wanted.filters.clone(), unsubscribe: Vec::new() };
+        };
+        let had = Some(&kept.subscribed).filter(|had| had.server == wanted.server);
+        let confirmed = had.filter(|had| had.qos == wanted.qos && kept.unconfirmed.is_none());
+        let is_missing = |filter: &&String| confirmed.is_none_or(|had| !had.filters.contains(filter));
+        let mut unsubscribe: Vec<String> = Vec::new();
+        for filter in had.iter().flat_map(|had| &had.filters).chain(kept.unconfirmed.iter().flatten()) {
+            if !wanted.filters.contains(filter) && !unsubscribe.contains(filter) {
+                unsubscribe.push(filter.clone());
+            }
         }
-        let missing = |filter: &&String| had.qos != wanted.qos || !had.filters.contains(filter);
-        Change {
-            subscribe: wanted.filters.iter().filter(missing).cloned().collect(),
-            unsubscribe: had.filters.iter().filter(|f| !wanted.filters.contains(f)).cloned().collect(),
-        }
+        Change { subscribe: wanted.filters.iter().filter(is_missing).cloned().collect(), unsubscribe }
     }
 
     /// Whether the broker had a subscription of this client before, as far as we know.
@@ -102,13 +129,11 @@ impl Session {
         self.subscribed.server == server
     }
 
-    /// The session after the broker confirmed `wanted`; `present` says whether it had kept the one before.
-    pub(super) fn subscribed(mut self, present: bool, wanted: Subscribed, path: &Path) -> Result<Self> {
-        if !present || self.subscribed != wanted {
-            self.sessions = self.sessions.wrapping_add(u32::from(!present));
-            self.subscribed = wanted;
-            self.store(path)?;
-        }
+    /// The session after the broker confirmed `wanted`.
+    pub(super) fn confirmed(mut self, wanted: Subscribed, path: &Path) -> Result<Self> {
+        self.subscribed = wanted;
+        self.unconfirmed = None;
+        self.store(path)?;
         Ok(self)
     }
 }
@@ -128,17 +153,35 @@ mod tests {
 
     #[test]
     fn a_kept_session_is_asked_only_for_what_changed() {
-        let session = Session { client_id: "id".into(), subscribed: subscribed("host:1", 1, &["a", "b"]), sessions: 1 };
-        for (present, wanted, subscribe, unsubscribe) in [
-            (true, subscribed("host:1", 1, &["a", "b"]), vec![], vec![]),
-            (true, subscribed("host:1", 1, &["b", "c"]), vec!["c"], vec!["a"]),
-            (true, subscribed("host:1", 2, &["a"]), vec!["a"], vec!["b"]),
-            (true, subscribed("other:1", 1, &["a"]), vec!["a"], vec![]),
-            (false, subscribed("host:1", 1, &["a", "b"]), vec!["a", "b"], vec![]),
+        for (unconfirmed, wanted, subscribe, unsubscribe) in [
+            (None, subscribed("host:1", 1, &["a", "b"]), vec![], vec![]),
+            (None, subscribed("host:1", 1, &["b", "c"]), vec!["c"], vec!["a"]),
+            (None, subscribed("host:1", 2, &["a"]), vec!["a"], vec!["b"]),
+            (None, subscribed("other:1", 1, &["a"]), vec!["a"], vec![]),
+            // An earlier connection asked and had no answer: the session may be a new, empty one.
+            (Some(vec![]), subscribed("host:1", 1, &["a", "b"]), vec!["a", "b"], vec![]),
+            (Some(vec!["a", "x"]), subscribed("host:1", 1, &["a", "b"]), vec!["a", "b"], vec!["x"]),
+            (Some(vec!["a", "b"]), subscribed("host:1", 1, &["a"]), vec!["a"], vec!["b"]),
+            (Some(vec!["x"]), subscribed("other:1", 1, &["a"]), vec!["a"], vec!["x"]),
         ] {
-            let change = session.change(present, &wanted);
+            let session = Session {
+                client_id: "id".into(),
+                subscribed: subscribed("host:1", 1, &["a", "b"]),
+                unconfirmed: unconfirmed.map(|filters| owned(&filters)),
+                sessions: 1,
+            };
+            let change = Session::change(Some(&session), &wanted);
             assert_eq!((change.subscribe, change.unsubscribe), (owned(&subscribe), owned(&unsubscribe)), "{wanted:?}");
         }
+        let change = Session::change(None, &subscribed("host:1", 1, &["a", "b"]));
+        assert_eq!((change.subscribe, change.unsubscribe), (owned(&["a", "b"]), vec![]), "a new session");
+    }
+
+    #[test]
+    fn a_file_of_an_earlier_version_is_a_confirmed_session() {
+        let text = r#"{"client_id":"id","subscribed":{"server":"host:1","qos":1,"filters":["a"]},"sessions":3}"#;
+        let session: Session = serde_json::from_str(text).expect("a session");
+        assert_eq!((session.unconfirmed, session.sessions), (None, 3));
     }
 
     fn owned(texts: &[&str]) -> Vec<String> {

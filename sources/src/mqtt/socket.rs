@@ -76,8 +76,11 @@ pub(super) trait Protocol: Send + 'static {
 /// One connection, polled by one task. A call that is dropped half-way loses nothing.
 #[async_trait]
 pub(super) trait Client: Send {
-    /// Connects, and says whether the broker had kept the session. Called once.
-    async fn open(&mut self) -> Result<bool>;
+    /// Makes the connection, as far as the broker learns nothing of the client. Called once.
+    async fn dial(&mut self) -> Result<()>;
+
+    /// Asks for the session, and says whether the broker had kept it. Called once, after [`Self::dial`].
+    async fn greet(&mut self) -> Result<bool>;
 
     /// Waits for packets, sends requests and pings, and appends what happened.
     async fn poll(&mut self, events: &mut Vec<Event>) -> Result<()>;
@@ -99,7 +102,7 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 pub(super) struct Socket<P> {
     talk: Talk<P>,
     requests: Requests,
-    /// Once it is open.
+    /// Once it is dialled.
     line: Option<Line>,
 }
 
@@ -165,17 +168,23 @@ impl<P: Protocol> Talk<P> {
     }
 
     /// Sends CONNECT and waits for the answer.
-    async fn greet(&mut self) -> Result<(Line, bool)> {
-        let mut line = self.connect().await?;
+    async fn greet(&mut self, line: &mut Line) -> Result<bool> {
         self.put(&mut line.output, &P::connect(&self.settings))?;
         loop {
-            match self.take(&mut line)? {
-                Some(Incoming::Accepted { session_present }) => return Ok((line, session_present)),
+            match self.take(line)? {
+                Some(Incoming::Accepted { session_present }) => return Ok(session_present),
                 Some(Incoming::Refused(code)) => return Err(refused(&self.settings.server(), &code)),
                 Some(other) => return Err(self.broken(format!("{other:?} instead of CONNACK"))),
-                None => self.step(&mut line, true).await?,
+                None => self.step(line, true).await?,
             }
         }
+    }
+
+    /// What `step` gives, if it is done in time.
+    async fn in_time<T>(server: &str, step: impl Future<Output = Result<T>>) -> Result<T> {
+        let seconds = CONNECT_MAX.as_secs();
+        let late = |_| Error::outside(format!("MQTT broker {server}: no answer within {seconds} s"));
+        timeout(CONNECT_MAX, step).await.map_err(late)?
     }
 
     fn broken(&self, cause: impl Into<String>) -> Error {
@@ -329,13 +338,16 @@ async fn leave(line: &mut Line) {
 
 #[async_trait]
 impl<P: Protocol> Client for Socket<P> {
-    async fn open(&mut self) -> Result<bool> {
-        let Ok(opened) = timeout(CONNECT_MAX, self.talk.greet()).await else {
-            return Err(self.talk.broken(format!("no answer within {} s", CONNECT_MAX.as_secs())));
-        };
-        let (line, session_present) = opened?;
-        self.line = Some(line);
-        Ok(session_present)
+    async fn dial(&mut self) -> Result<()> {
+        let server = self.talk.settings.server();
+        self.line = Some(Talk::<P>::in_time(&server, self.talk.connect()).await?);
+        Ok(())
+    }
+
+    async fn greet(&mut self) -> Result<bool> {
+        let line = self.line.as_mut().ok_or_else(connection_gone)?;
+        let server = self.talk.settings.server();
+        Talk::<P>::in_time(&server, self.talk.greet(line)).await
     }
 
     async fn poll(&mut self, events: &mut Vec<Event>) -> Result<()> {

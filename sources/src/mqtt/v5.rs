@@ -3,7 +3,7 @@
 use bytes::BytesMut;
 use rumqttc::v5::mqttbytes::v5::{
     Connect, ConnectProperties, ConnectReturnCode, Disconnect, DisconnectReasonCode, Filter, Login, Packet, PingReq,
-    PubAck, PubComp, PubRec, Subscribe, SubscribeReasonCode, Unsubscribe,
+    PubAck, PubComp, PubRec, RetainForwardRule, Subscribe, SubscribeReasonCode, Unsubscribe,
 };
 use rumqttc::v5::mqttbytes::{Error as LibraryError, QoS};
 
@@ -72,7 +72,11 @@ impl Protocol for V5 {
     fn packet(outgoing: Outgoing) -> Packet {
         match outgoing {
             Outgoing::Subscribe { number, filters, qos } => {
-                let filters = filters.into_iter().map(|filter| Filter::new(filter, quality(qos)));
+                // A filter that the session has already, or has in another quality, brings its retained messages no more.
+                let filters = filters.into_iter().map(|filter| Filter {
+                    retain_forward_rule: RetainForwardRule::OnNewSubscribe,
+                    ..Filter::new(filter, quality(qos))
+                });
                 let mut subscribe = Subscribe::new_many(filters, None);
                 subscribe.pkid = number;
                 Packet::Subscribe(subscribe)
