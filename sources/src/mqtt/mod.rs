@@ -57,6 +57,9 @@ connection ended before the broker had confirmed the topics, the next one asks f
 brings the retained messages again, too.
 Of a broker that marks nothing as sent again (DUP), or gives it another packet id, a message may count twice; give it an id and
 use `deduplicate`.
+Packet ids are used again. A broker that has only a few of them (the embedded one: 100) soon gives one to a message of the
+same topic and text; if a crash takes that one back, it is taken for the earlier one: put a number or a time into the
+messages. Mosquitto goes through all 65,535 ids, which tells them apart while no more than 32,767 messages are in flight.
 With `qos: 0` or `session: clean`: best effort.
 Brokers lose sessions, too: Mosquitto queues 1000 messages per client (`max_queued_messages`) and needs `persistence
 true` with a short `autosave_interval` to survive its own crash. `qos: 2` gives no more than 1 here.
