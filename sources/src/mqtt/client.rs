@@ -19,7 +19,7 @@ pub(super) const REQUESTS_MAX: usize = 65_535 + 64;
 /// and the broker would send the message again, for ever: the source's own limit turns it into a row error.
 pub(super) const PACKET_BYTES_MAX: u32 = 268_435_455 + 5;
 
-/// Longest wait for the TCP connection with TLS, and again for CONNACK. Longer than a broker needs that is busy with a
+/// Longest wait for the TCP connection with TLS, again for CONNACK, and again for SUBACK. Longer than a broker needs that is busy with a
 /// restart; the engine tries again after it.
 pub(super) const CONNECT_MAX: Duration = Duration::from_secs(10);
 

@@ -31,7 +31,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use tokio::task::JoinHandle;
 
-use client::{Event, PACKET_BYTES_MAX, Request, Settings};
+use client::{CONNECT_MAX, Event, PACKET_BYTES_MAX, Request, Settings};
 use decode::MqttDecoder;
 use metadata::MqttReceipts;
 use session::{Change, Session, Subscribed};
@@ -527,8 +527,17 @@ impl Source for MqttSource {
     }
 }
 
-/// Asks for the change and waits until the broker has confirmed all of it. Returns what arrived meanwhile.
+/// Asks for the change and waits, within [`CONNECT_MAX`], until the broker has confirmed all of it. Returns what arrived
+/// meanwhile.
 async fn subscribe(client: &mut dyn Client, change: &Change, qos: u8) -> Result<Vec<Event>> {
+    let late = |_| {
+        let seconds = CONNECT_MAX.as_secs();
+        Error::outside(format!("the broker does not confirm the subscription within {seconds} s"))
+    };
+    tokio::time::timeout(CONNECT_MAX, subscribed(client, change, qos)).await.map_err(late)?
+}
+
+async fn subscribed(client: &mut dyn Client, change: &Change, qos: u8) -> Result<Vec<Event>> {
     let requests = client.requests();
     for filter in &change.unsubscribe {
         requests.send(Request::Unsubscribe { filter: filter.clone() })?;

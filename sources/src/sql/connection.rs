@@ -62,61 +62,76 @@ impl Connection {
 
     /// Runs one query and hands its rows to `rows` until that wants no more.
     pub(super) async fn fetch(&mut self, sql: &str, keys: &[Key], rows: &mut Collector) -> Result<()> {
-        let timeout = self.timeout;
-        let fetch = async {
+        in_time(self.timeout, async {
             match &mut self.driver {
                 Driver::Postgres(connection) => postgres::fetch(connection, sql, keys, rows).await,
                 Driver::MySql(connection) => mysql::fetch(connection, sql, keys, rows).await,
                 Driver::Sqlite(reader) => reader.fetch(sql, keys, rows).await,
             }
-        };
-        match tokio::time::timeout(timeout + TIMEOUT_GRACE, fetch).await {
-            Ok(done) => done,
-            Err(_) => Err(Error::outside(format!("the query took longer than `timeout` ({timeout:?})"))),
-        }
+        })
+        .await
     }
 
     /// The columns that a query would give, without running it.
     pub(super) async fn columns(&mut self, sql: &str) -> Result<Vec<Column>> {
-        match &mut self.driver {
-            Driver::Postgres(connection) => postgres::columns(connection, sql).await,
-            Driver::MySql(connection) => mysql::columns(connection, sql).await,
-            Driver::Sqlite(reader) => reader.columns(sql).await,
-        }
+        in_time(self.timeout, async {
+            match &mut self.driver {
+                Driver::Postgres(connection) => postgres::columns(connection, sql).await,
+                Driver::MySql(connection) => mysql::columns(connection, sql).await,
+                Driver::Sqlite(reader) => reader.columns(sql).await,
+            }
+        })
+        .await
     }
 
     /// Whether a column is the `INTEGER PRIMARY KEY AUTOINCREMENT` of a SQLite table.
     pub(super) async fn is_autoincrement(&mut self, column: &Column) -> Result<bool> {
         match (&mut self.driver, &column.origin) {
-            (Driver::Sqlite(reader), Some((table, name))) => reader.is_autoincrement(table, name).await,
+            (Driver::Sqlite(reader), Some((table, name))) => {
+                in_time(self.timeout, reader.is_autoincrement(table, name)).await
+            }
             _ => Ok(false),
         }
     }
 
     /// Starts a transaction in which all queries see the same state of the database.
     pub(super) async fn begin(&mut self) -> Result<()> {
-        match &mut self.driver {
-            Driver::Postgres(c) => {
-                c.execute(sqlx::raw_sql("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")).await.map(drop)
+        in_time(self.timeout, async {
+            match &mut self.driver {
+                Driver::Postgres(c) => {
+                    c.execute(sqlx::raw_sql("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")).await.map(drop)
+                }
+                Driver::MySql(c) => {
+                    let begin = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; \
+                                 START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY";
+                    c.execute(sqlx::raw_sql(begin)).await.map(drop)
+                }
+                Driver::Sqlite(reader) => reader.execute("BEGIN DEFERRED").await,
             }
-            Driver::MySql(c) => {
-                let begin = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; \
-                             START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY";
-                c.execute(sqlx::raw_sql(begin)).await.map(drop)
-            }
-            Driver::Sqlite(reader) => reader.execute("BEGIN DEFERRED").await,
-        }
-        .map_err(failed)
+            .map_err(failed)
+        })
+        .await
     }
 
     /// Ends the transaction; there is nothing to keep.
     pub(super) async fn end(&mut self) -> Result<()> {
-        match &mut self.driver {
-            Driver::Postgres(c) => c.execute(sqlx::raw_sql("ROLLBACK")).await.map(drop),
-            Driver::MySql(c) => c.execute(sqlx::raw_sql("ROLLBACK")).await.map(drop),
-            Driver::Sqlite(reader) => reader.execute("ROLLBACK").await,
-        }
-        .map_err(failed)
+        in_time(self.timeout, async {
+            match &mut self.driver {
+                Driver::Postgres(c) => c.execute(sqlx::raw_sql("ROLLBACK")).await.map(drop),
+                Driver::MySql(c) => c.execute(sqlx::raw_sql("ROLLBACK")).await.map(drop),
+                Driver::Sqlite(reader) => reader.execute("ROLLBACK").await,
+            }
+            .map_err(failed)
+        })
+        .await
+    }
+}
+
+/// What `statement` gives, if it ends in time. A server that is gone without a word never answers.
+async fn in_time<T>(timeout: Duration, statement: impl Future<Output = Result<T>>) -> Result<T> {
+    match tokio::time::timeout(timeout + TIMEOUT_GRACE, statement).await {
+        Ok(done) => done,
+        Err(_) => Err(Error::outside(format!("the database took longer than `timeout` ({timeout:?})"))),
     }
 }
 
@@ -133,5 +148,16 @@ pub(super) fn failed(error: sqlx::Error) -> Error {
         sqlx::Error::Io(error) => Error::outside("connection lost").because(error),
         sqlx::Error::Configuration(error) => Error::user("the URL is wrong").because(error),
         other => Error::outside(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_database_that_never_answers_is_an_error() {
+        let error = in_time::<()>(Duration::from_millis(1), std::future::pending()).await.expect_err("no answer");
+        assert!(error.to_string().contains("took longer than `timeout` (1ms)"), "{error}");
     }
 }
