@@ -7,7 +7,6 @@ use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -24,8 +23,10 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 use super::entry::{EntryRows, entry_of, payload, streams_of, words_of};
 use super::stream::{BLOCK, ENTRIES_MAX, Start};
+use super::unacknowledged::Unacknowledged;
 
-/// Entries that are remembered, to know one that comes again: more than can be taken and not acknowledged.
+/// Entries that are remembered, to know one that comes again. No more are given out while so many are unacknowledged: the
+/// engine takes in several times as many small ones while its disk stands still.
 const REMEMBERED_MAX: usize = 1 << 16;
 
 /// Entries in one `XACK`.
@@ -66,7 +67,7 @@ impl Source for GroupSource {
         }
         member.note(&self.streams, &self.group, &path)?;
         let acknowledging = self.endpoint.connect(1).await?;
-        let taken = Arc::new(Mutex::new(VecDeque::new()));
+        let taken = Taken::default();
         let reader = GroupReader {
             connection,
             group: self.group.clone(),
@@ -77,7 +78,7 @@ impl Source for GroupSource {
             claim: self.claim,
             claims: VecDeque::new(),
             claim_at: Instant::now(),
-            taken: Arc::clone(&taken),
+            taken: taken.clone(),
             next: 0,
         };
         let acknowledger = GroupAcknowledger { connection: acknowledging, group: self.group.clone(), taken };
@@ -154,8 +155,8 @@ impl Member {
     }
 }
 
-/// Tokens of the connection with their entries, in the order of receipt.
-type Taken = Arc<Mutex<VecDeque<(u64, String, String)>>>;
+/// The streams and ids of the entries that the connection has given out.
+type Taken = Unacknowledged<(String, String)>;
 
 struct GroupReader {
     connection: Connection,
@@ -178,6 +179,7 @@ struct GroupReader {
 impl PushReader for GroupReader {
     async fn next(&mut self) -> Result<Vec<Record>> {
         loop {
+            self.taken.room(self.streams.len() * self.count(), REMEMBERED_MAX).await;
             let mut records: Vec<Record> = Vec::new();
             for stream in std::mem::take(&mut self.gone) {
                 records.push(self.record(&stream, None, Kind::Gone, Bytes::new()));
@@ -203,7 +205,12 @@ impl PushReader for GroupReader {
 impl GroupReader {
     fn read(&self) -> Command {
         let words = ["GROUP", &self.group, &self.consumer, "COUNT"].map(str::to_owned);
-        Command::new("XREADGROUP").args(words).arg(ENTRIES_MAX.to_string())
+        Command::new("XREADGROUP").args(words).arg(self.count().to_string())
+    }
+
+    /// Most entries of one stream in one reply: of all together, no more than half of those that are remembered.
+    fn count(&self) -> usize {
+        (REMEMBERED_MAX / 2 / self.streams.len().max(1)).clamp(1, ENTRIES_MAX)
     }
 
     /// Entries of `stream` that this member was given and has not acknowledged.
@@ -242,7 +249,7 @@ impl GroupReader {
     /// Takes over entries of `stream` that their members have left alone for too long.
     async fn claim(&mut self, stream: String, from: &str) -> Result<Vec<Record>> {
         let idle = self.claim.as_millis().to_string();
-        let count = ENTRIES_MAX.to_string();
+        let count = self.count().to_string();
         let words = [&stream, &self.group, &self.consumer, &idle, from, "COUNT", &count].map(|word| word.to_owned());
         let mut parts = match self.connection.call(Command::new("XAUTOCLAIM").args(words), PATIENCE).await? {
             Reply::List(parts) => parts.into_iter(),
@@ -284,8 +291,7 @@ impl GroupReader {
     fn record(&mut self, stream: &str, id: Option<&str>, kind: Kind, payload: Bytes) -> Record {
         self.next += 1;
         if let Some(id) = id {
-            let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-            taken.push_back((self.next, stream.to_owned(), id.to_owned()));
+            self.taken.push(self.next, (stream.to_owned(), id.to_owned()));
         }
         let place = Place { kind, stream: stream.to_owned(), id: id.map(str::to_owned) };
         Record { payload, metadata: place.metadata(), token: self.next }
@@ -306,16 +312,8 @@ struct GroupAcknowledger {
 impl Acknowledger for GroupAcknowledger {
     async fn acknowledge(&mut self, tokens: &[u64]) -> Result<()> {
         let mut ids: HashMap<String, Vec<String>> = HashMap::new();
-        {
-            let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-            for token in tokens {
-                // Those before it were refused, or tell of no entry.
-                while let Some((number, stream, id)) = taken.pop_front_if(|(number, ..)| *number <= *token) {
-                    if number == *token {
-                        ids.entry(stream).or_default().push(id);
-                    }
-                }
-            }
+        for (stream, id) in self.taken.take(tokens) {
+            ids.entry(stream).or_default().push(id);
         }
         let commands: Vec<Command> = ids
             .iter()

@@ -19,6 +19,7 @@ mod list;
 mod poll;
 mod pubsub;
 mod stream;
+mod unacknowledged;
 
 pub use entry::StreamColumn;
 pub use list::ListEnd;
@@ -72,7 +73,8 @@ warning says so at connect.
 ## Limits
 
 - Entries that are trimmed from a stream before they are read are lost; they are counted with Redis 7 or newer.
-- With `group`, the last 65 536 entries are remembered to know one that comes again.
+- With `group`, the last 65 536 entries are remembered to know one that comes again; no more are read while so many are not
+  acknowledged.
 - One process per `processing` list.
 - At most 8192 published messages wait to be read; when more come, the oldest are lost, and an error row says how many.
 - Keyspace notifications (`__keyevent@0__:…`) are not delivered.
