@@ -9,22 +9,26 @@ use pipeline::json::encode_rows;
 use pipeline::live::Live;
 use pipeline::plugin::operator::StreamShape;
 use pipeline::plugin::{
-    Acknowledger, OutboxSink, PullReader, Pulled, PushReader, Reader, Record, Sink, SinkConfig, SinkContext, SinkInput,
-    Source, SourceConfig, SourceContext,
+    Acknowledger, OutboxSink, PullReader, Pulled, PushReader, Reader, Receipt, Record, Sink, SinkConfig, SinkContext,
+    SinkInput, Source, SourceConfig, SourceContext,
 };
 use pipeline::rows::RowsBuilder;
 use pipeline::status::Status;
 
-use crate::support::redis::Redis;
-use crate::support::{Scratch, free_port};
+use crate::support::redis::{Redis, Stall};
+use crate::support::{PATIENCE, Scratch, free_port, wait_for};
 
 pub(crate) type SourceOptions = sources::redis::RedisConfig;
 type SinkOptions = sinks::redis::RedisConfig;
 
 /// Reads and checks a source's block.
 pub(crate) fn source_options(server: &Redis, yaml: &str) -> SourceOptions {
+    source_options_at(&server.url(), yaml)
+}
+
+fn source_options_at(url: &str, yaml: &str) -> SourceOptions {
     let mut problems = Problems::default();
-    let node = tree::parse(&format!("url: {}\n{yaml}", server.url())).expect("YAML");
+    let node = tree::parse(&format!("url: {url}\n{yaml}")).expect("YAML");
     let mut cx = CheckContext::new(&mut problems, "source test", Position::default(), Path::new("."));
     let options = deserialize::read::<SourceOptions>(&node, &mut cx);
     let checked = options.filter(|options| options.check(&mut cx).is_some());
@@ -319,6 +323,80 @@ async fn a_full_list_is_emptied_in_order_without_loss_or_repetition() {
     }
     assert_eq!(taken, (1..=5000).map(|n| n.to_string()).collect::<Vec<_>>());
     assert_eq!(server.command(&["EXISTS", "q", "mine"]), "0");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_lost_list_reader_had_under_way_takes_nothing_when_it_comes_late() {
+    let server = Redis::start();
+    server.command(&["EVAL", "for i = 1, 300 do redis.call('RPUSH', KEYS[1], i) end", "1", "q"]);
+    let network = Stall::start(server.port);
+    let options = source_options_at(&format!("redis://127.0.0.1:{}", network.port), "list: q\npop: left");
+    let mut source = options.build(source_context()).expect("a source");
+    let mut receipts = options.receipts().expect("receipts");
+    let (mut reader, acknowledger) = push(&mut source).await;
+    let mut received = Vec::new();
+    let mut take = |records: &[Record]| {
+        let new = records.iter().filter(|record| receipts.receive(record, 0) == Receipt::New);
+        received.extend(payloads(&new.cloned().collect::<Vec<_>>()));
+        received.len()
+    };
+    take(&records(&mut reader, 1).await);
+    let late = network.hold();
+    let sent = Arc::clone(&late);
+    let is_sent = tokio::task::spawn_blocking(move || {
+        wait_for("the reader to ask for more", || sent.holds_something().then_some(()));
+    });
+    tokio::select! {
+        records = reader.next() => panic!("{records:?} through a network that is away"),
+        sent = is_sent => sent.expect("it was sent"),
+    }
+    drop((reader, acknowledger));
+    let (mut reader, mut acknowledger) = push(&mut source).await;
+    tokio::task::block_in_place(|| late.release());
+    let rest = async {
+        loop {
+            let records = records(&mut reader, 1).await;
+            let count = take(&records);
+            acknowledger.acknowledge(&tokens(&records)).await.expect("acknowledged");
+            if count == 300 {
+                break;
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, rest).await.expect("every element");
+    assert_eq!(received, (1..=300).map(|n| n.to_string()).collect::<Vec<_>>());
+    assert_eq!(server.command(&["EXISTS", "q", "q:processing"]), "0");
+    assert_eq!(server.command(&["HGET", "q:processing:count", "count"]), "300");
+}
+
+#[tokio::test]
+async fn a_list_is_read_by_a_user_who_may_not_end_connections() {
+    let server = Redis::start();
+    server.command(&["ACL", "SETUSER", "reader", "on", ">secret", "~*", "+@all", "-client"]);
+    server.command(&["LPUSH", "q", "1"]);
+    let url = format!("redis://reader:secret@127.0.0.1:{}", server.port);
+    let mut source = source_options_at(&url, "list: q").build(source_context()).expect("a source");
+    for n in 1..3 {
+        let (mut reader, mut acknowledger) = push(&mut source).await;
+        let taken = records(&mut reader, 1).await;
+        assert_eq!(payloads(&taken), [n.to_string()]);
+        acknowledger.acknowledge(&tokens(&taken)).await.expect("acknowledged");
+        server.command(&["LPUSH", "q", &(n + 1).to_string()]);
+    }
+}
+
+#[tokio::test]
+async fn an_element_that_was_not_read_is_not_confirmed() {
+    let server = Redis::start();
+    server.command(&["RPUSH", "q", "1", "2"]);
+    let mut source = source(&server, "list: q\npop: left");
+    let (mut reader, mut acknowledger) = push(&mut source).await;
+    let taken = records(&mut reader, 2).await;
+    // As a process does that uses the processing list, too.
+    server.command(&["RPUSH", "q:processing", "other"]);
+    let error = acknowledger.acknowledge(&tokens(&taken[..1])).await.expect_err("another element").to_string();
+    assert!(error.contains("`q:processing`") && error.contains("does another process use it?"), "{error}");
+    assert_eq!(server.command(&["LRANGE", "q:processing", "0", "-1"]), "2\n1\nother");
 }
 
 #[tokio::test]

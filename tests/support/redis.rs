@@ -1,8 +1,10 @@
 //! A Redis server of a test's own: a free port of loopback, a folder of its own.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 
 use super::{Process, Scratch, free_port, wait_for};
 
@@ -109,5 +111,90 @@ impl Client {
             }
             _ => panic!("{words:?}: {line}"),
         }
+    }
+}
+
+/// A network that can hold back what clients send, and deliver it late.
+pub(crate) struct Stall {
+    /// Where it listens.
+    pub(crate) port: u16,
+    line: Arc<Mutex<Arc<Line>>>,
+}
+
+/// The connections that were made between two calls of [`Stall::hold`].
+#[derive(Default)]
+pub(crate) struct Line {
+    holds: AtomicBool,
+    /// Bytes that are held back.
+    bytes: AtomicUsize,
+    released: AtomicBool,
+    connections: AtomicUsize,
+    delivered: AtomicUsize,
+}
+
+impl Stall {
+    /// In front of a port of loopback.
+    pub(crate) fn start(target: u16) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+        let port = listener.local_addr().expect("its address").port();
+        let line = Arc::new(Mutex::new(Arc::new(Line::default())));
+        let current = Arc::clone(&line);
+        std::thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                let line = Arc::clone(&current.lock().expect("a lock"));
+                line.connections.fetch_add(1, Relaxed);
+                let server = TcpStream::connect(("127.0.0.1", target)).expect("the server");
+                std::thread::spawn(move || line.pass(client, server));
+            }
+        });
+        Self { port, line }
+    }
+
+    /// From now on, holds back what the clients of now send. Later ones are let through.
+    pub(crate) fn hold(&self) -> Arc<Line> {
+        let line = std::mem::take(&mut *self.line.lock().expect("a lock"));
+        line.holds.store(true, Relaxed);
+        line
+    }
+}
+
+impl Line {
+    /// Delivers what was held back, and waits until the server has taken it, or refused it.
+    pub(crate) fn release(&self) {
+        self.released.store(true, Relaxed);
+        let arrived = || (self.delivered.load(Relaxed) == self.connections.load(Relaxed)).then_some(());
+        wait_for("the late commands to arrive", arrived);
+    }
+
+    /// Whether a client has sent anything since.
+    pub(crate) fn holds_something(&self) -> bool {
+        self.bytes.load(Relaxed) > 0
+    }
+
+    fn pass(&self, mut client: TcpStream, mut server: TcpStream) {
+        let (mut from, mut to) = (server.try_clone().expect("an end"), client.try_clone().expect("an end"));
+        let back = std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(length @ 1..) = from.read(&mut buffer) {
+                // The client may have gone.
+                let _ = to.write_all(&buffer[..length]);
+            }
+        });
+        let (mut buffer, mut late) = ([0; 4096], Vec::new());
+        while let Ok(length @ 1..) = client.read(&mut buffer) {
+            if self.holds.load(Relaxed) {
+                self.bytes.fetch_add(length, Relaxed);
+                late.extend_from_slice(&buffer[..length]);
+            } else {
+                server.write_all(&buffer[..length]).expect("to the server");
+            }
+        }
+        if self.holds.load(Relaxed) {
+            wait_for("the release", || self.released.load(Relaxed).then_some(()));
+            let _ = server.write_all(&late);
+        }
+        let _ = server.shutdown(Shutdown::Write);
+        let _ = back.join();
+        self.delivered.fetch_add(1, Relaxed);
     }
 }

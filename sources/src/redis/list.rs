@@ -17,6 +17,7 @@ use serde::Deserialize;
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::unacknowledged::Unacknowledged;
 use wire::redis::{Command, Connection, Endpoint, PATIENCE, Reply};
 
 /// How long the server holds a pop back when the list is empty. An element ends the wait at once, so this only
@@ -26,19 +27,29 @@ const BLOCK: Duration = Duration::from_secs(5);
 /// Most elements taken in one round trip: enough to hide the round trip, few enough that a reply stays small.
 const POP_MAX: usize = 512;
 
-/// Elements whose text is remembered, to know one that comes again: more than can be taken and not acknowledged.
+/// Elements whose text is remembered, to know one that comes again. No more are given out while so many are unacknowledged.
 const REMEMBERED_MAX: usize = 1 << 16;
 
-/// Confirms the elements before number `ARGV[1]`: those that have not left yet leave the processing list `KEYS[1]`, and
-/// the count `KEYS[2]` goes with them. Repeated, or late, it does nothing.
+/// Confirms the elements before number `ARGV[1]`, of which the last is `ARGV[2]`: those that have not left yet leave the
+/// processing list `KEYS[1]`, and the count `KEYS[2]` goes with them. Repeated, or late, it does nothing; and nothing where
+/// another element stands than the one that was read.
 const CONFIRM: &str = "\
 local count = tonumber(redis.call('HGET', KEYS[2], 'count') or '0')
 local left = tonumber(ARGV[1]) - count
 if left > 0 then
+  if redis.call('LINDEX', KEYS[1], -left) ~= ARGV[2] then
+    return redis.error_reply('it does not hold what was read from it; does another process use it?')
+  end
   redis.call('LTRIM', KEYS[1], 0, -(left + 1))
   redis.call('HSET', KEYS[2], 'count', ARGV[1])
 end
 return left";
+
+/// Notes in the hash `KEYS[1]` that the reader has the connections `ARGV[2]`, if it still names those of `ARGV[1]`.
+const TAKE_OVER: &str = "\
+if (redis.call('HGET', KEYS[1], 'connections') or '') ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[1], 'connections', ARGV[2])
+return 1";
 
 /// The end of a list that elements are taken from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
@@ -68,6 +79,8 @@ pub(super) struct ListSource {
     pub(super) pop: ListEnd,
     pub(super) name: String,
     pub(super) warned: bool,
+    /// Whether the log tells that the connections of an earlier reader cannot be ended.
+    pub(super) warned_of_late: bool,
 }
 
 #[async_trait]
@@ -76,10 +89,22 @@ impl Source for ListSource {
         // Two connections: an acknowledgement does not wait behind a blocking pop.
         let mut connection = self.endpoint.connect(1).await?;
         super::warn_if_volatile(&mut connection, &self.name, &mut self.warned).await?;
+        let mut acknowledging = self.endpoint.connect(1).await?;
         let counted = format!("{}:count", self.processing);
+        if let Err(words) = take_over(&mut connection, &mut acknowledging, &counted).await?
+            && !self.warned_of_late
+        {
+            self.warned_of_late = true;
+            tracing::warn!(
+                source = self.name,
+                reason = words,
+                "the server does not let this user end the connections of an earlier reader (CLIENT INFO, CLIENT KILL): \
+                 what one of them had under way while the network was away may take elements late, which then count twice"
+            );
+        }
         let (list_id, first) = count(&mut connection, &counted).await?;
         let left_over = unacknowledged(&mut connection, &self.processing).await?;
-        let acknowledging = self.endpoint.connect(1).await?;
+        let taken = Taken::default();
         let reader = ListReader {
             connection,
             pop: Pop { list: self.list.clone(), processing: self.processing.clone(), end: self.pop },
@@ -88,12 +113,72 @@ impl Source for ListSource {
             waiting: 0,
             list_id,
             next: first,
+            taken: taken.clone(),
         };
         let processing = self.processing.clone();
-        let acknowledger = ListAcknowledger { connection: acknowledging, processing, counted };
+        let acknowledger = ListAcknowledger { connection: acknowledging, processing, counted, taken };
         Ok(Reader::Push(Box::new(reader), Box::new(acknowledger)))
     }
 }
+
+/// Ends the connections of the reader before, and notes those of this one. What a lost connection had under way may lie in
+/// the network for as long as that is away, and reach the server after the count and the processing list were read: it would
+/// put elements there that nobody has seen. The server's words if it does not allow that.
+async fn take_over(
+    connection: &mut Connection,
+    acknowledging: &mut Connection,
+    counted: &str,
+) -> Result<Result<(), String>> {
+    let mut own = Vec::new();
+    for connection in [&mut *connection, acknowledging] {
+        match connection.call(Command::new("CLIENT").arg("INFO"), PATIENCE).await? {
+            Reply::Error(words) if is_refusal(&words) => return Ok(Err(words)),
+            reply => match reply.as_str().and_then(address_of) {
+                Some(identity) => own.push(identity),
+                None => return Err(unexpected(connection, counted, &reply)),
+            },
+        }
+    }
+    let before =
+        match connection.call(Command::new("HGET").args([counted.to_owned(), "connections".into()]), PATIENCE).await? {
+            Reply::Null => String::new(),
+            Reply::Text(text) => String::from_utf8_lossy(&text).into_owned(),
+            other => return Err(unexpected(connection, counted, &other)),
+        };
+    for identity in before.split(',').filter(|identity| !identity.is_empty()) {
+        // A server that was started again gives numbers out again, but hardly with the same address.
+        let (id, address) = identity.split_once(' ').unwrap_or((identity, ""));
+        let words = ["KILL", "ID", id, "ADDR", address].map(str::to_owned);
+        match connection.call(Command::new("CLIENT").args(words), PATIENCE).await? {
+            Reply::Error(words) if is_refusal(&words) => return Ok(Err(words)),
+            // How many there were: none if it is long gone.
+            Reply::Int(_) => {}
+            other => return Err(unexpected(connection, counted, &other)),
+        }
+    }
+    let words = ["1".to_owned(), counted.to_owned(), before, own.join(",")];
+    match connection.call(Command::new("EVAL").arg(TAKE_OVER).args(words), PATIENCE).await? {
+        Reply::Int(1) => Ok(Ok(())),
+        Reply::Int(_) => {
+            Err(connection.error(format!("`{counted}`: another reader has connected; one process per processing list")))
+        }
+        other => Err(unexpected(connection, counted, &other)),
+    }
+}
+
+/// Whether an error of the server is about a command that it does not allow or does not know.
+fn is_refusal(words: &str) -> bool {
+    words.starts_with("NOPERM") || words.starts_with("ERR")
+}
+
+/// The number and the address of a connection, from the line that `CLIENT INFO` gives.
+fn address_of(info: &str) -> Option<String> {
+    let value = |name: &str| info.split(' ').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='));
+    Some(format!("{} {}", value("id")?, value("addr")?))
+}
+
+/// The texts of the elements that the connection has given out.
+type Taken = Unacknowledged<Bytes>;
 
 /// What tells this processing list from another one of the same name, and the number of its oldest element.
 async fn count(connection: &mut Connection, counted: &str) -> Result<(u64, u64)> {
@@ -171,11 +256,13 @@ struct ListReader {
     list_id: u64,
     /// Number of the next element.
     next: u64,
+    taken: Taken,
 }
 
 #[async_trait]
 impl PushReader for ListReader {
     async fn next(&mut self) -> Result<Vec<Record>> {
+        self.taken.room(POP_MAX, REMEMBERED_MAX).await;
         let mut elements: Vec<Bytes> = self.left_over.drain(..self.left_over.len().min(POP_MAX)).collect();
         while elements.is_empty() {
             elements = if self.waiting == 0 { self.pop_waiting().await? } else { self.pop_many().await? };
@@ -184,6 +271,7 @@ impl PushReader for ListReader {
             let place = Place { again: self.again > 0, list_id: self.list_id, number: self.next };
             self.again = self.again.saturating_sub(1);
             self.next += 1;
+            self.taken.push(self.next, payload.clone());
             Record { payload, metadata: place.metadata(), token: self.next }
         });
         Ok(records.collect())
@@ -319,15 +407,17 @@ struct ListAcknowledger {
     connection: Connection,
     processing: String,
     counted: String,
+    taken: Taken,
 }
 
 #[async_trait]
 impl Acknowledger for ListAcknowledger {
     /// Records come in the order of receipt, so they are the oldest, the ones on the right.
     async fn acknowledge(&mut self, tokens: &[u64]) -> Result<()> {
-        let Some(next) = tokens.last() else { return Ok(()) };
+        let texts = self.taken.take(tokens);
+        let (Some(next), Some(text)) = (tokens.last(), texts.last()) else { return Ok(()) };
         let keys = ["2".to_owned(), self.processing.clone(), self.counted.clone()];
-        let confirm = Command::new("EVAL").arg(CONFIRM.to_owned()).args(keys).arg(next.to_string());
+        let confirm = Command::new("EVAL").arg(CONFIRM.to_owned()).args(keys).arg(next.to_string()).arg(text.clone());
         match self.connection.call(confirm, PATIENCE).await? {
             Reply::Error(words) => Err(self.connection.error(format!("list `{}`: {words}", self.processing))),
             _ => Ok(()),

@@ -63,8 +63,9 @@ shell does: `HGET \"my hash\" field`. A field with a path picks one value from `
   errors. What a member had on disk and could not acknowledge before it died is also given to another member after `claim`:
   so `claim` is longer than a restart takes. A group that was deleted is made anew, reads from the beginning, and says so.
 - `list`: an element moves to the list `NAME:processing` and leaves it when it is on disk here. `NAME:processing:count` counts
-  those that left, so that one that comes again after a crash is known: none is lost, none counts twice.
-  When a connection is lost in the moment between, elements come twice.
+  those that left, so that one that comes again after a crash is known: none is lost, none counts twice. It also names the
+  source's connections, which the next one ends (`CLIENT KILL`), so that nothing a lost connection had under way comes late.
+  A user who may not do that is told so in a warning; then elements that come late count twice.
 - `channels`: best effort. Redis keeps nothing for those who are away.
 
 Redis itself loses the last minutes of writes in a crash unless it runs with `appendonly yes`; for streams and lists a
@@ -269,6 +270,7 @@ fields: {total_messages: int}
                     pop: self.pop.as_ref().map(|pop| pop.value).unwrap_or_default(),
                     name: cx.name,
                     warned: false,
+                    warned_of_late: false,
                 })
             }
             Mode::Pubsub => Box::new(PubsubSource {
