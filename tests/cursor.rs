@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use futures::future::{join, join_all};
+use pipeline::plugin::SourceConfig;
 
 use crate::sql::{Database, checked, connect, next, texts};
 use crate::support::PATIENCE;
@@ -289,4 +290,34 @@ fn mistakes_about_the_order_of_commits_are_named() {
         let problems = checked(url, &options, Path::new(".")).err().unwrap_or_default();
         assert!(problems.contains(expected), "{options}\ngave {problems}");
     }
+}
+
+#[test]
+fn a_position_means_the_same_rows_while_their_place_and_order_stay() {
+    let identity = |url: &str, options: &str| {
+        let (config, _) = checked(url, options, Path::new(".")).unwrap_or_else(|problems| panic!("{problems}"));
+        config.identity()
+    };
+    let (url, options) = ("postgres://me:secret@host/d", "table: t\ncursor: id\nfields: {id: int}");
+    let known = identity(url, options);
+    assert!(known.as_ref().is_some_and(|text| !text.contains("secret")), "{known:?}");
+    for (url, options) in [
+        ("postgresql://other:rotated@host:5432/d?sslmode=require", options),
+        (url, "table: t\ncursor: {column: id, start: 7}\nfields: {name: string, id: int}\nlag: 5s"),
+        (url, "table: t\ncursor: id\nfields: {id: int}\nevery: 3s\ntimeout: 1m\ncommit_order: assured"),
+    ] {
+        assert_eq!(identity(url, options), known, "{url} {options}");
+    }
+    for (url, options) in [
+        ("postgres://me:secret@elsewhere/d", options),
+        ("postgres://me:secret@host:5433/d", options),
+        ("postgres://me:secret@host/e", options),
+        ("mysql://me:secret@host:5432/d", options),
+        (url, "table: u\ncursor: id\nfields: {id: int}"),
+        (url, "query: SELECT * FROM t\ncursor: id\nfields: {id: int}"),
+        (url, "table: t\ncursor: [at, id]\nfields: {id: int, at: timestamp}"),
+    ] {
+        assert_ne!(identity(url, options), known, "{url} {options}");
+    }
+    assert_eq!(identity(url, "table: t\nfields: {id: int}"), None, "no cursor, no position");
 }

@@ -171,12 +171,14 @@ fn the_state_is_shown_beside_a_running_process_and_after_it() {
             .starts_with("all is well: 2 checkpoints, 2 logs, 1 history file with 3 rows")
     );
 
-    let changed = graph(SELDOM).replace("sum(value)", "max(value)").replace("path: /readings", "path: /other");
+    let steps = "every: {from: readings, steps: [{deduplicate: {key: [value], window: 1h}}],";
+    let changed = graph(SELDOM).replace("every: {from: readings,", steps).replace("path: /readings", "path: /other");
     folder.write("changed.yaml", &changed.replace("load:", "burden:"));
     let (changed, _) = run(folder.path(), &["state", "changed.yaml", "--format", "json"], 0);
     let changed: Value = serde_json::from_str(&changed).expect("JSON");
     for (key, start, lost) in [
-        ("source/readings", "changed", json!("its position and open windows")),
+        ("source/readings", "goes_on", Value::Null),
+        ("pipeline/every", "changed", json!("its position and open windows")),
         ("pipeline/burden", "new", Value::Null),
         ("pipeline/load", "gone", json!("its position and open windows")),
         ("sink/history", "goes_on", Value::Null),

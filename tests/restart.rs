@@ -185,6 +185,59 @@ fn a_changed_step_starts_anew_with_a_warning_and_the_others_go_on() {
     assert_eq!(rows(folder.path(), "kept", "total, rows"), ["3,2"]);
 }
 
+/// A graph that reads new rows of a table.
+const TABLE: &str = "
+sources:
+  visits:
+    type: sql
+    url: sqlite:demo.db
+    table: visits
+    cursor: id
+    every: 10ms
+    fields: {id: int}
+pipelines:
+  all: {from: visits, to: history}
+sinks:
+  history: {type: parquet, path: history}
+";
+
+/// Runs SQL in the database of [`TABLE`].
+fn sqlite(folder: &Path, sql: &str) {
+    let status = Command::new("sqlite3").arg(folder.join("demo.db")).arg(sql).status();
+    assert!(status.expect("sqlite3").success(), "{sql}");
+}
+
+/// Runs a graph in `folder` until it has read so many rows. What it printed.
+fn read_rows(folder: Scratch, yaml: &str, count: u64) -> (Scratch, String) {
+    let program = Program::start_in(folder, free_port(), yaml);
+    wait_for("the rows", || (program.pipeline("all")["rows_in"] == count).then_some(()));
+    let printed = program.process.printed();
+    (program.stop(), printed)
+}
+
+#[test]
+fn a_source_goes_on_from_its_position_after_an_edit_unless_it_reads_something_else() {
+    let folder = Scratch::new();
+    for table in ["visits", "others"] {
+        let columns = "id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT DEFAULT 'x'";
+        sqlite(folder.path(), &format!("CREATE TABLE {table} ({columns}); INSERT INTO {table} (id) VALUES (1), (2)"));
+    }
+    let (folder, _) = read_rows(folder, TABLE, 2);
+    sqlite(folder.path(), "INSERT INTO visits (id) VALUES (3)");
+    let edited = TABLE
+        .replace("{id: int}", "{id: int, name: string}")
+        .replace("every: 10ms", "every: 20ms\n    timeout: 30s\n    commit_order: autoincrement");
+    let (folder, printed) = read_rows(folder, &edited, 1);
+    assert!(
+        printed.contains("going on from checkpoint") && !printed.contains("source/visits has changed"),
+        "{printed}"
+    );
+    let (folder, printed) = read_rows(folder, &edited.replace("table: visits", "table: others"), 2);
+    assert!(printed.contains("WARN source/visits has changed since checkpoint"), "{printed}");
+    drain(folder.path());
+    assert_eq!(rows(folder.path(), "all", "id, coalesce(name, 'none')"), ["1,none", "1,x", "2,none", "2,x", "3,x"]);
+}
+
 #[test]
 fn a_pipeline_that_has_gone_is_told_and_its_waiting_rows_are_published() {
     let program = Program::start(ONE);

@@ -111,6 +111,27 @@ async fn a_stream_that_began_anew_is_told_and_not_waited_for() {
     assert!(found.contains("stream `s` ends at 2-0, before 21-0"), "{found}");
 }
 
+#[tokio::test]
+async fn a_stream_that_is_added_begins_when_it_is_added_and_the_others_go_on() {
+    let server = Redis::start();
+    add(&server, 1..=3);
+    let mut reader = pull(&mut source(&server, NUMBERS), None).await;
+    let (_, position) = rows(&mut reader, 3).await;
+    add(&server, [4]);
+    server.command(&["XADD", "t", "1-0", "n", "10"]);
+    let both = "streams: [s, t]\nfields: {n: int, more: string}";
+    let mut source_ = source(&server, both);
+    drop(pull(&mut source_, Some(&position)).await);
+    // The connection was lost before the engine knew where the new one begins.
+    server.command(&["XADD", "t", "2-0", "n", "20"]);
+    let begun = next(&mut pull(&mut source_, Some(&position)).await).await;
+    assert_eq!(begun.rows.num_rows(), 0);
+    // It knows now, and a restart loses nothing.
+    let (mut found, _) = rows(&mut pull(&mut source(&server, both), Some(&begun.position)).await, 2).await;
+    found.sort();
+    assert_eq!(found, [r#"{"n":20,"more":null}"#, r#"{"n":4,"more":null}"#]);
+}
+
 /// A member of the group with a state folder of its own.
 struct Member {
     folder: Scratch,

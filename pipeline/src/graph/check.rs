@@ -182,7 +182,12 @@ impl<'a> Checker<'a> {
             let message = format!("a `{}` source cannot wait for demand: rows would be missed", type_name.value);
             cx.error(entry.common.on_demand.position, message);
         }
-        let fingerprint = xxh3_64(format!("{}{}", type_name.value, canonical(&entry.options)).as_bytes());
+        let identity = match shape.delivery {
+            Delivery::Replayable => config.identity().unwrap_or_else(|| canonical(&entry.options)),
+            // Without a position there is nothing that an edited option could change.
+            delivery => format!("{delivery:?}"),
+        };
+        let fingerprint = xxh3_64(format!("{}{identity}", type_name.value).as_bytes());
         Some(GraphSource {
             name: entry.name.value.clone(),
             type_name: type_name.value.clone(),

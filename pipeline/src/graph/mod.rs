@@ -66,7 +66,8 @@ pub struct GraphSource {
     pub event_time: Option<EventTime>,
     /// Whether it polls only on demand.
     pub on_demand: bool,
-    /// Changes when the options change: a position of other options means nothing.
+    /// Changes when a position means nothing any more: see
+    /// [`SourceConfig::identity`](crate::plugin::SourceConfig::identity).
     pub fingerprint: u64,
 }
 

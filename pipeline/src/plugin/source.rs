@@ -64,6 +64,13 @@ pub trait SourceConfig: DeserializeOwned + JsonSchema + Send + Sync + Sized + 's
         None
     }
 
+    /// What gives the positions of a [`Delivery::Replayable`] source their meaning, as text: where its rows are and by what
+    /// they are ordered; no password, no limit, no pace. While it stays the same the source goes on from its position after
+    /// other options were edited, and must understand it. Default: all options, as they are written.
+    fn identity(&self) -> Option<String> {
+        None
+    }
+
     /// Connects and finds out the columns, for `pipeline fields`.
     fn discover(&self, _cx: SourceContext) -> BoxFuture<'_, Result<Fields>> {
         Box::pin(async {
@@ -311,6 +318,8 @@ pub trait AnySource: Send + Sync {
     fn decoder(&self) -> Option<Box<dyn Decoder>>;
     /// See [`SourceConfig::receipts`].
     fn receipts(&self) -> Option<Box<dyn Receipts>>;
+    /// See [`SourceConfig::identity`].
+    fn identity(&self) -> Option<String>;
     /// See [`SourceConfig::discover`].
     fn discover(&self, cx: SourceContext) -> BoxFuture<'_, Result<Fields>>;
 }
@@ -327,6 +336,9 @@ impl<T: SourceConfig> AnySource for T {
     }
     fn receipts(&self) -> Option<Box<dyn Receipts>> {
         SourceConfig::receipts(self)
+    }
+    fn identity(&self) -> Option<String> {
+        SourceConfig::identity(self)
     }
     fn discover(&self, cx: SourceContext) -> BoxFuture<'_, Result<Fields>> {
         SourceConfig::discover(self, cx)

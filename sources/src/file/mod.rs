@@ -53,7 +53,7 @@ files are not matched.
 
 ## Delivery
 Read again from the position in the checkpoint (the file, and the place after the last row), so nothing is lost and nothing
-comes twice; what is appended to the last file meanwhile is read after a restart. At the end of the last file the source
+comes twice; other options than `path` may be edited meanwhile. What is appended to the last file meanwhile is read after a restart. At the end of the last file the source
 ends, and a graph of such sources only runs to its end. Run again it starts anew: its rows are added to the history a second
 time, and a warning at the start says so.
 
@@ -153,6 +153,11 @@ fields: {device_id: string, latency_ms: float, ts: timestamp}
             _ => None,
         };
         Ok(Box::new(FileSource { layout: Arc::new(layout), folder: cx.folder, pattern: self.path.value.clone(), pace }))
+    }
+
+    fn identity(&self) -> Option<String> {
+        let is_text = self.layout().is_ok_and(|layout| layout.format != Format::Parquet);
+        Some(format!("{} in {}", if is_text { "bytes" } else { "rows" }, self.path.value))
     }
 
     fn discover(&self, cx: SourceContext) -> BoxFuture<'_, Result<Fields>> {

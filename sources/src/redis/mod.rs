@@ -53,7 +53,8 @@ shell does: `HGET \"my hash\" field`. A field with a path picks one value from `
 ## Delivery
 
 - `read`: a sample of the state at each poll. `on_demand: true` polls only while somebody wants rows.
-- `stream`: the id of the last entry is in the checkpoint; nothing lost, nothing twice. No consumer group is needed. Entries
+- `stream`: the id of the last entry is in the checkpoint; nothing lost, nothing twice. No consumer group is needed. Options
+  may be edited meanwhile, and streams added; at another server or database all begin at `start` again. Entries
   that were trimmed or deleted before they were read are counted at connect and every 5 s, and reported as a row error; so is
   a stream that was deleted and began anew. One that ends before the position is an error in `/health`, because nothing would
   ever be read from it.
@@ -158,6 +159,9 @@ pub struct RedisConfig {
     #[serde(default)]
     pub patterns: Option<At<Vec<String>>>,
 }
+
+/// Port of a URL that names none.
+const PORT: u16 = 6379;
 
 /// Time between polls if `every` is not given.
 const EVERY_DEFAULT: Duration = Duration::from_secs(1);
@@ -299,6 +303,14 @@ fields: {total_messages: int}
             return Some(Box::new(GroupReceipts::default()));
         }
         self.list.as_ref().map(|_| Box::new(ListReceipts::default()) as Box<dyn Receipts>)
+    }
+
+    /// A position names its streams itself: one that is added begins at its start, the others go on.
+    fn identity(&self) -> Option<String> {
+        let url = url::Url::parse(self.url.expose()).ok()?;
+        let database = url.path().trim_matches('/');
+        let database = if database.is_empty() { "0" } else { database };
+        Some(format!("streams at {}:{}/{database}", url.host_str().unwrap_or_default(), url.port().unwrap_or(PORT)))
     }
 
     fn discover(&self, cx: SourceContext) -> BoxFuture<'_, Result<Fields>> {
@@ -662,6 +674,24 @@ mod tests {
         ] {
             let problems = checked(yaml).expect_err(yaml);
             assert!(problems.contains(&format!("f:{place}: ")) && problems.contains(message), "{yaml}\n{problems}");
+        }
+    }
+
+    #[test]
+    fn a_position_belongs_to_a_server_and_a_database() {
+        let identity = |url: &str, streams: &str| {
+            let node = tree::parse(&format!("url: {url}\n{streams}")).expect("YAML");
+            let mut problems = Problems::default();
+            let mut cx = CheckContext::new(&mut problems, "", Position { line: 1, column: 1 }, Path::new("."));
+            deserialize::read::<RedisConfig>(&node, &mut cx).expect("a source").identity()
+        };
+        let known = identity("redis://me:secret@h", "stream: s");
+        assert_eq!(known.as_deref(), Some("streams at h:6379/0"));
+        for (url, streams) in [("rediss://h:6379/0", "stream: s"), ("redis://h", "streams: [s, t]\nfields: {x: int}")] {
+            assert_eq!(identity(url, streams), known, "{url} {streams}");
+        }
+        for url in ["redis://other", "redis://h:6380", "redis://h/1"] {
+            assert_ne!(identity(url, "stream: s"), known, "{url}");
         }
     }
 

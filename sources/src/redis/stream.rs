@@ -54,7 +54,7 @@ pub(super) struct StreamSource {
     pub(super) start: Start,
     pub(super) layout: Layout,
     pub(super) name: String,
-    /// Where the last reader began, for a connection that is lost before it gave a position.
+    /// Where the last reader began, for a connection that is lost before it gave a position with all streams.
     pub(super) begun: Option<Vec<Place>>,
     pub(super) warned: bool,
 }
@@ -64,15 +64,14 @@ impl Source for StreamSource {
     async fn connect(&mut self, position: Option<&[u8]>) -> Result<Reader> {
         let mut connection = self.endpoint.connect(1).await?;
         super::warn_if_volatile(&mut connection, &self.name, &mut self.warned).await?;
-        let known = match position {
-            Some(bytes) => decode_position(bytes)?,
-            None => self.begun.clone().unwrap_or_default(),
-        };
+        let known = position.map(decode_position).transpose()?.unwrap_or_default();
+        let begun_before = self.begun.clone().unwrap_or_default();
+        let is_known = |stream: &String| known.iter().any(|place| place.stream == *stream);
         let (mut places, mut begun) = (Vec::new(), Vec::new());
         let mut errors = Vec::new();
         for stream in &self.streams {
             let info = info(&mut connection, stream).await?;
-            let mut place = match known.iter().find(|place| place.stream == *stream) {
+            let mut place = match known.iter().chain(&begun_before).find(|place| place.stream == *stream) {
                 Some(place) => place.clone(),
                 None => Place::first(stream, &self.start, info.as_ref()),
             };
@@ -88,7 +87,7 @@ impl Source for StreamSource {
             connection,
             places,
             // The engine learns the beginning even if no entry comes before a restart.
-            announce: position.is_none() || !errors.is_empty(),
+            announce: !self.streams.iter().all(is_known) || !errors.is_empty(),
             errors,
             rows: EntryRows::new(self.layout.clone()),
             examined: Instant::now(),

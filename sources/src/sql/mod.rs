@@ -53,7 +53,9 @@ fit is a row error: it names the column and the value, and the other rows go on.
 
 ## Delivery
 Without `cursor`: a sample of the state at each poll; it may be `on_demand`. With `cursor`: read again from the position
-in the checkpoint, nothing lost, nothing twice, if rows become visible in the order of the cursor. That is the database's part:
+in the checkpoint, nothing lost, nothing twice, if rows become visible in the order of the cursor. The position stays when
+options are edited, but not when these are: host, port and database in `url`, `table` or the text of `query`, the columns of
+`cursor`. Then all is read anew, and a warning says so. The order is the database's part:
 
 - **PostgreSQL** draws ids and times before the commit, so a transaction that commits late shows rows behind the position.
   With the transaction's own id as the first column it is exact: rows are read when every earlier transaction has ended.
@@ -179,6 +181,16 @@ fields:
         let plan = self.checked_plan()?;
         let (url, timeout) = (self.url.value.clone(), self.timeout.value);
         Ok(Box::new(SqlSource { plan, url, timeout, folder: cx.folder, name: cx.name, warned: false }))
+    }
+
+    fn identity(&self) -> Option<String> {
+        let Plan { server, mode: Mode::Cursor { query, columns, .. } } = self.checked_plan().ok()? else { return None };
+        let what = match &self.table {
+            // Without the columns that are read: they may be added to.
+            Some(table) => format!("table {}", table.value),
+            None => query.sql.clone(),
+        };
+        Some(format!("{} by {columns:?} at {}", what, server.place(self.url.expose())?))
     }
 
     fn discover(&self, cx: SourceContext) -> BoxFuture<'_, Result<Fields>> {

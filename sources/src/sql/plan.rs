@@ -47,6 +47,20 @@ impl Server {
         }
     }
 
+    /// Where the database is that `url` names: host, port, database; no user, no password, no settings of the connection.
+    pub(super) fn place(&self, url: &str) -> Option<String> {
+        let (word, port) = match self {
+            Self::Postgres => ("postgres", 5432),
+            Self::MySql => ("mysql", 3306),
+            Self::Sqlite(file) => return Some(format!("sqlite {}", file.display())),
+        };
+        let url = url::Url::parse(url).ok()?;
+        let names_a_place = |name: &str| matches!(name, "host" | "hostaddr" | "port" | "dbname" | "socket");
+        let more = url.query_pairs().filter(|(name, _)| names_a_place(name)).map(|(_, value)| format!(" {value}"));
+        let host = url.host_str().unwrap_or_default();
+        Some(format!("{word} {host}:{}{}{}", url.port().unwrap_or(port), url.path(), more.collect::<String>()))
+    }
+
     /// A table's name in quotes; dots separate a schema from its table.
     pub(super) fn quote(&self, name: &str) -> String {
         name.split('.').map(|part| self.quote_column(part)).collect::<Vec<_>>().join(".")
