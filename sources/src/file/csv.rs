@@ -10,7 +10,7 @@ use pipeline::rows::{Cell, RowsBuilder};
 
 use super::files::DataFile;
 use super::window::{Fill, RECORD_BYTES_MAX, Window};
-use super::{ERRORS_PER_PART_MAX, Layout, PART_BYTES_MAX, Part, Place, Rows, counted, name_in_file};
+use super::{ERRORS_PER_PART_MAX, Layout, PART_BYTES_MAX, Part, Place, Rows, Tail, counted, name_in_file};
 
 /// An open CSV file.
 pub(super) struct Csv {
@@ -20,6 +20,14 @@ pub(super) struct Csv {
     cell_of_column: Vec<usize>,
     /// Cells of a record.
     cells: usize,
+    /// What became of the record before the window, or of the one that starts it.
+    tail: Tail,
+    /// What was found at the place where it was opened.
+    late: Option<RowError>,
+    /// Whether the last line was read and has no end.
+    is_ended: bool,
+    /// Where to go on if the last record could not be read.
+    before_wrong: Option<Place>,
 }
 
 impl Csv {
@@ -35,11 +43,26 @@ impl Csv {
         } else {
             ((0..layout.fields.0.len()).collect(), layout.fields.0.len())
         };
-        if place.offset > records.window.offset() {
-            records.window.seek(place.offset)?;
+        if place.offset > 0 {
+            records.window.seek(place)?;
             records.line = place.line;
         }
-        Ok(Self { records, builder: RowsBuilder::new(&[], &layout.fields), cell_of_column, cells })
+        let (mut tail, mut late) = (place.tail, None);
+        if tail == Tail::Row {
+            let (is_ended, added) = records.window.finish_line(place.line + 1)?;
+            late = added;
+            if is_ended {
+                tail = Tail::None;
+                records.line += 1;
+            }
+        }
+        let builder = RowsBuilder::new(&[], &layout.fields);
+        Ok(Self { records, builder, cell_of_column, cells, tail, late, is_ended: false, before_wrong: None })
+    }
+
+    fn place(&self) -> Place {
+        let window = &self.records.window;
+        Place { offset: window.offset(), line: self.records.line, mark: window.mark(), tail: self.tail }
     }
 
     /// Takes the record just read as a row, or says why not.
@@ -59,7 +82,12 @@ impl Csv {
     }
 
     fn read_record(&mut self, errors: &mut Vec<(usize, RowError)>) -> Result<bool> {
+        // A file that grows meanwhile ends where its end was first seen.
+        if self.is_ended {
+            return Ok(false);
+        }
         let Some(record) = self.records.next()? else { return Ok(false) };
+        let (before, reported) = (self.place(), std::mem::take(&mut self.tail));
         let wrong = match record {
             Record::Whole { cells, .. } => self.push(cells).err(),
             Record::TooLong => Some(format!("longer than {RECORD_BYTES_MAX} bytes; is a quote not closed?")),
@@ -69,7 +97,15 @@ impl Csv {
             Record::Whole { length, .. } => length,
             _ => self.records.window.bytes().len(),
         };
-        if let Some(wrong) = wrong {
+        let is_open = matches!(record, Record::Whole { is_open: true, .. });
+        let open = Tail::Wrong(length as u64);
+        self.is_ended = is_open;
+        match &wrong {
+            Some(_) if is_open => self.before_wrong = Some(Place { tail: open, ..before }),
+            None if is_open => self.tail = Tail::Row,
+            _ => {}
+        }
+        if let Some(wrong) = wrong.filter(|_| !(is_open && reported == open)) {
             let message = format!("{}:{}: {wrong}", self.records.window.name(), self.records.line + 1);
             let text = self.records.window.bytes()[..length].trim_ascii_end();
             errors.push((self.builder.len(), RowError::new(message, text)));
@@ -85,7 +121,7 @@ impl Csv {
 
 impl Rows for Csv {
     fn read(&mut self) -> Result<Option<Part>> {
-        let mut errors = Vec::new();
+        let mut errors: Vec<_> = self.late.take().map(|error| (0, error)).into_iter().collect();
         let end = self.records.window.offset() + PART_BYTES_MAX;
         while self.builder.len() < BATCH_ROWS_MAX
             && errors.len() < ERRORS_PER_PART_MAX
@@ -98,7 +134,7 @@ impl Rows for Csv {
                 break;
             }
         }
-        let after = Place { offset: self.records.window.offset(), line: self.records.line };
+        let after = self.before_wrong.unwrap_or_else(|| self.place());
         Ok(Some(Part { rows: self.builder.finish()?, errors, after }))
     }
 }
@@ -138,8 +174,8 @@ pub(super) struct Records {
 /// What [`Records::next`] found at the start of the window.
 #[derive(Clone, Copy)]
 pub(super) enum Record {
-    /// `length` bytes of the file; the cells are in [`Records::cell`].
-    Whole { length: usize, cells: usize },
+    /// `length` bytes of the file; the cells are in [`Records::cell`]. `is_open` if the file ends before the record does.
+    Whole { length: usize, cells: usize, is_open: bool },
     /// More than [`RECORD_BYTES_MAX`].
     TooLong,
     /// The file ends inside a quoted cell.
@@ -157,7 +193,7 @@ impl Records {
         let name = self.window.name().to_owned();
         match self.next()? {
             None => Ok(None),
-            Some(Record::Whole { length, cells }) => {
+            Some(Record::Whole { length, cells, .. }) => {
                 let names = (0..cells).map(|cell| String::from_utf8_lossy(self.cell(cell)).trim().to_owned()).collect();
                 self.consume(length);
                 Ok(Some(names))
@@ -194,7 +230,7 @@ impl Records {
                 ReadRecordResult::Record if length > RECORD_BYTES_MAX => {
                     return Ok(Some(self.give_up(Record::TooLong)));
                 }
-                ReadRecordResult::Record => return Ok(Some(Record::Whole { length, cells })),
+                ReadRecordResult::Record => return Ok(Some(Record::Whole { length, cells, is_open: at_end })),
                 ReadRecordResult::End => return Ok(None),
             }
         }

@@ -118,7 +118,7 @@ fn of_csv(layout: &Layout, file: &DataFile) -> Result<Vec<Found>> {
     let mut columns: Vec<HashSet<Kind>> = vec![HashSet::new(); names.len()];
     for _ in 0..ROWS_MAX {
         // What ends in no record is the reader's matter.
-        let Some(Record::Whole { length, cells }) = records.next()? else { break };
+        let Some(Record::Whole { length, cells, .. }) = records.next()? else { break };
         if !layout.header && names.is_empty() {
             names = (1..=cells).map(|number| format!("column_{number}")).collect();
             columns = vec![HashSet::new(); cells];

@@ -53,9 +53,13 @@ files are not matched.
 
 ## Delivery
 Read again from the position in the checkpoint (the file, and the place after the last row), so nothing is lost and nothing
-comes twice; other options than `path` may be edited meanwhile. What is appended to the last file meanwhile is read after a restart. At the end of the last file the source
-ends, and a graph of such sources only runs to its end. Run again it starts anew: its rows are added to the history a second
-time, and a warning at the start says so.
+comes twice; other options than `path` may be edited meanwhile. What is appended to the last file meanwhile is read after a
+restart. At the end of the last file the source ends, and a graph of such sources only runs to its end. Run again it starts
+anew: its rows are added to the history a second time, and a warning at the start says so.
+
+The last line of a file may lack its end. If it can be read it counts; if not it is a row error, and is read again after a
+restart once it has grown. A CSV record that was cut off in its last cell can be read, so append whole lines: when more of
+such a line is there after a restart, a row error tells what was left out.
 
 ## Limits
 Lines and CSV records of at most 1 MiB; a longer one is a row error. Text is UTF-8. Compressed files are not read, but for
@@ -63,7 +67,8 @@ Parquet with Snappy or Zstandard inside. With a `speed` other than `max`, about 
 
 ## Fails when
 A file is missing, is no file of its format, or lacks a column of `fields`: the source stops and says which. A file that
-changed under the position (it is shorter, or gone) is such an error too. A disk that fails while reading is tried again.
+changed under the position (it is gone, shorter, or another one, by the 256 bytes before it; of Parquet by the row groups)
+is such an error too. A disk that fails while reading is tried again.
 ";
 
 /// How often rows that have become due are looked for, when a pace is given: finer than an eye can tell, and 50 polls
@@ -279,6 +284,29 @@ struct Place {
     offset: u64,
     /// Lines before it, for messages; of a Parquet file 0.
     line: u64,
+    /// A hash of what stands right before it; `None` if nothing does, or if the position is of an earlier version.
+    mark: Option<u64>,
+    tail: Tail,
+}
+
+/// What became of a line at the end of the file that had no end of its own. The file may have been in the middle of growing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Tail {
+    /// There was none.
+    #[default]
+    None,
+    /// It was taken as a row and stands before the place.
+    Row,
+    /// It could not be read, which was reported. It stands behind the place and has so many bytes.
+    Wrong(u64),
+}
+
+/// The error of a file that is not the one that a position is of.
+fn changed(name: &str, place: &str) -> Error {
+    Error::user(format!(
+        "`{name}` is not the file that was read up to {place} before: what stands there has changed; put it back, or give \
+         the source another name to read it from the start"
+    ))
 }
 
 /// Some rows of one file.

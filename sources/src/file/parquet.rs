@@ -11,6 +11,7 @@ use arrow::datatypes::{DataType, Field, Fields as ArrowFields, Float64Type, Int6
 use arrow::util::display::array_value_to_string;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use parquet::file::metadata::RowGroupMetaData;
 use pipeline::batch::BATCH_ROWS_MAX;
 use pipeline::config::{FieldSpec, did_you_mean};
 use pipeline::error::{Error, Result};
@@ -18,9 +19,10 @@ use pipeline::json::encode_rows;
 use pipeline::plugin::RowError;
 use pipeline::schema::{FieldType, NumberUnit};
 use pipeline::time::parse_us;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::files::{DataFile, unreadable};
-use super::{Layout, Part, Place, Rows, name_in_file};
+use super::{Layout, Part, Place, Rows, changed, name_in_file};
 
 /// An open Parquet file.
 pub(super) struct ParquetFile {
@@ -30,6 +32,8 @@ pub(super) struct ParquetFile {
     rows: ParquetRecordBatchReader,
     /// Rows of the file that were read.
     read: u64,
+    /// Of each row group: the rows until its end, and a hash of all until there.
+    marks: Vec<(u64, u64)>,
 }
 
 /// One declared field and where it lies in the file.
@@ -64,12 +68,17 @@ impl ParquetFile {
             let message = format!("`{}` was read up to row {} before and has only {rows} now", file.name, place.offset);
             return Err(Error::user(message));
         }
+        let marks = marks(builder.metadata().row_groups());
+        if place.mark.is_some() && place.mark != mark(&marks, place.offset) {
+            return Err(changed(&file.name, &format!("row {}", place.offset)));
+        }
         let roots = columns.iter().filter_map(|column| found.iter().position(|field| *field.name() == column.path[0]));
         let projection = ProjectionMask::roots(builder.parquet_schema(), roots);
         let skipped = usize::try_from(place.offset).unwrap_or(usize::MAX);
         let reader = builder.with_projection(projection).with_batch_size(BATCH_ROWS_MAX).with_offset(skipped).build();
         let reader = reader.map_err(|error| damaged(&file.name, error))?;
-        Ok(Self { name: file.name.clone(), schema: layout.fields.schema(), columns, rows: reader, read: place.offset })
+        let (name, schema) = (file.name.clone(), layout.fields.schema());
+        Ok(Self { name, schema, columns, rows: reader, read: place.offset, marks })
     }
 
     /// The rows of `batch` in the declared types. A row with a value that does not fit becomes an error.
@@ -109,7 +118,8 @@ impl Rows for ParquetFile {
         let batch = batch.map_err(|error| damaged(&self.name, error))?;
         let (rows, errors) = self.convert(&batch)?;
         self.read += batch.num_rows() as u64;
-        Ok(Some(Part { rows, errors, after: Place { offset: self.read, line: 0 } }))
+        let mark = mark(&self.marks, self.read);
+        Ok(Some(Part { rows, errors, after: Place { offset: self.read, mark, ..Place::default() } }))
     }
 }
 
@@ -117,6 +127,31 @@ impl Rows for ParquetFile {
 pub(super) fn open(file: &DataFile) -> Result<ParquetRecordBatchReaderBuilder<File>> {
     let opened = File::open(&file.path).map_err(|error| unreadable(&file.name, &file.path, error))?;
     ParquetRecordBatchReaderBuilder::try_new(opened).map_err(|error| damaged(&file.name, error))
+}
+
+/// For each row group, the rows until its end, and a hash of the row groups until there: of their sizes, and of the least and
+/// the greatest values where the file tells them.
+fn marks(groups: &[RowGroupMetaData]) -> Vec<(u64, u64)> {
+    let (mut rows, mut mark) = (0u64, 0u64);
+    let hash = |group: &RowGroupMetaData, before: u64| {
+        let numbers = [group.num_rows(), group.total_byte_size(), group.compressed_size()];
+        let mark = numbers.iter().fold(before, |mark, number| xxh3_64_with_seed(&number.to_le_bytes(), mark));
+        let statistics = group.columns().iter().filter_map(|column| column.statistics());
+        let values = statistics.flat_map(|values| [values.min_bytes_opt(), values.max_bytes_opt()]);
+        values.flatten().fold(mark, |mark, value| xxh3_64_with_seed(value, mark))
+    };
+    let until = |group: &RowGroupMetaData| {
+        rows += u64::try_from(group.num_rows()).unwrap_or_default();
+        mark = hash(group, mark);
+        (rows, mark)
+    };
+    groups.iter().map(until).collect()
+}
+
+/// The mark of a place: that of the row groups wholly before it.
+fn mark(marks: &[(u64, u64)], offset: u64) -> Option<u64> {
+    let before = marks.partition_point(|(rows, _)| *rows <= offset);
+    before.checked_sub(1).map(|last| marks[last].1)
 }
 
 /// A file is written once; what cannot be read now cannot be read later.

@@ -379,8 +379,9 @@ async fn files_that_cannot_be_read_are_fatal_and_named() {
         std::fs::write(folder.path().join(name), text).expect("a file");
     }
     std::fs::write(folder.path().join("u16.csv"), b"\xff\xfea\0").expect("a file");
-    let at =
-        |file: &str, offset| Position { file: file.to_owned(), place: Place { offset, line: 0 }, taken: 0 }.encode();
+    let at = |file: &str, offset| {
+        Position { file: file.to_owned(), place: Place { offset, ..Place::default() }, taken: 0 }.encode()
+    };
     let (gone, beyond) = (at("gone.json", 0), at("short.csv", 1000));
     for (path, position, expected) in [
         ("none.json", None, "there is no file `none.json`"),
@@ -398,6 +399,108 @@ async fn files_that_cannot_be_read_are_fatal_and_named() {
         assert!(error.to_string().starts_with(expected), "{error}");
         assert_eq!(error.retry, Retry::Never, "{path}");
     }
+}
+
+/// Reads a file, and reads on after a restart when it has become another text.
+async fn read_on(name: &str, first: &str, then: &str) -> (Read, Result<Read>) {
+    let folder = scratch();
+    let config = config(&format!("path: {name}\nfields: {{a: int, b: int}}"));
+    std::fs::write(folder.path().join(name), first).expect("a file");
+    let before = read(&config, folder.path(), None).await.expect("rows");
+    std::fs::write(folder.path().join(name), then).expect("a file");
+    let position = before.positions.last().map(|(position, ..)| position.clone());
+    let after = read(&config, folder.path(), position.as_deref()).await;
+    (before, after)
+}
+
+#[tokio::test]
+async fn a_last_line_without_end_counts_once_whether_it_was_whole_or_not() {
+    const WHOLE: &str = r#"{"a":1,"b":2}"#;
+    const NEXT: &str = r#"{"a":3,"b":4}"#;
+    let cut = WHOLE.len() - 2;
+    for (file, first, then, rows, errors) in [
+        // JSON that was whole: nothing, its end, its end and more.
+        ("f.json", WHOLE.to_owned(), WHOLE.to_owned(), [vec![WHOLE], vec![]], [0, 0]),
+        ("f.json", WHOLE.to_owned(), format!("{WHOLE}\n"), [vec![WHOLE], vec![]], [0, 0]),
+        ("f.json", WHOLE.to_owned(), format!("{WHOLE}\r\n{NEXT}"), [vec![WHOLE], vec![NEXT]], [0, 0]),
+        ("f.json", WHOLE.to_owned(), format!("{WHOLE} x\n{NEXT}\n"), [vec![WHOLE], vec![NEXT]], [0, 1]),
+        // JSON that was cut off: still, whole, and whole with more.
+        ("f.json", WHOLE[..cut].to_owned(), WHOLE[..cut].to_owned(), [vec![], vec![]], [1, 0]),
+        ("f.json", WHOLE[..cut].to_owned(), WHOLE[..cut + 1].to_owned(), [vec![], vec![]], [1, 1]),
+        ("f.json", WHOLE[..cut].to_owned(), WHOLE.to_owned(), [vec![], vec![WHOLE]], [1, 0]),
+        (
+            "f.json",
+            format!("{NEXT}\n{}", &WHOLE[..cut]),
+            format!("{NEXT}\n{WHOLE}\n{NEXT}\n"),
+            [vec![NEXT], vec![WHOLE, NEXT]],
+            [1, 0],
+        ),
+        // A record that was whole, was cut off before its last cell, or in it.
+        ("f.csv", "a,b\n1,2".to_owned(), "a,b\n1,2\n3,4\n".to_owned(), [vec![WHOLE], vec![NEXT]], [0, 0]),
+        ("f.csv", "a,b\n1".to_owned(), "a,b\n1,2\n3,4\n".to_owned(), [vec![], vec![WHOLE, NEXT]], [1, 0]),
+        ("f.csv", "a,b\n1,2".to_owned(), "a,b\n1,25\n3,4\n".to_owned(), [vec![WHOLE], vec![NEXT]], [0, 1]),
+        ("f.csv", "a,b\n1,2".to_owned(), "a,b\n1,25".to_owned(), [vec![WHOLE], vec![]], [0, 1]),
+    ] {
+        let (before, after) = read_on(file, &first, &then).await;
+        let after = after.expect("the same file");
+        assert_eq!([&before.rows[..], &after.rows[..]], [&rows[0][..], &rows[1][..]], "{first:?} {then:?}");
+        assert_eq!(
+            [before.errors.len(), after.errors.len()],
+            errors,
+            "{then:?} {:?} {:?}",
+            before.errors,
+            after.errors
+        );
+    }
+    let (_, after) = read_on("f.csv", "a,b\n1,2", "a,b\n1,25\n3,x\n").await;
+    let errors = after.expect("the same file").errors;
+    assert!(errors[0].starts_with("f.csv:2: this was added to the line"), "{errors:?}");
+    assert!(errors[1].starts_with("f.csv:3: field `b`"), "{errors:?}");
+    let (_, after) = read_on("f.json", WHOLE, &format!("{WHOLE} x\nx\n")).await;
+    let errors = after.expect("the same file").errors;
+    assert!(errors[0].starts_with("f.json:1: this was added to the line"), "{errors:?}");
+    assert!(errors[1].starts_with("f.json:2: "), "{errors:?}");
+}
+
+#[tokio::test]
+async fn another_file_in_the_place_of_the_one_that_was_read_is_told() {
+    let lines = |count: usize, b: usize| (0..count).map(|a| format!("{{\"a\":{a},\"b\":{b}}}\n")).collect::<String>();
+    let (_, after) = read_on("f.json", &lines(100, 1), &lines(200, 1)).await;
+    assert_eq!(after.expect("it has grown").rows.len(), 100);
+    let (_, after) = read_on("f.json", &lines(100, 1), &lines(200, 2)).await;
+    let error = after.expect_err("another file");
+    assert!(error.to_string().starts_with("`f.json` is not the file that was read up to byte 1490 before"), "{error}");
+    assert_eq!(error.retry, Retry::Never);
+    let (_, after) = read_on("f.csv", "a,b\n1,2\n", "other,b,and,a,long,header\n1,2,3,4,5,6\n").await;
+    assert!(after.expect_err("another file").to_string().contains("`f.csv` is not the file"));
+}
+
+#[tokio::test]
+async fn another_parquet_file_in_the_place_of_the_one_that_was_read_is_told() {
+    let folder = scratch();
+    let path = folder.path().join("f.parquet");
+    let numbers =
+        |values: std::ops::Range<i32>| vec![("n", Arc::new(Int32Array::from_iter_values(values)) as ArrayRef)];
+    write_parquet(&path, numbers(0..100));
+    let config = config("path: f.parquet\nfields: {n: int}");
+    let position = read(&config, folder.path(), None).await.expect("rows").positions[0].0.clone();
+    assert_eq!(read(&config, folder.path(), Some(&position)).await.expect("the same file").rows.len(), 0);
+    write_parquet(&path, numbers(1..201));
+    let error = read(&config, folder.path(), Some(&position)).await.expect_err("another file").to_string();
+    assert!(error.starts_with("`f.parquet` is not the file that was read up to row 100 before"), "{error}");
+}
+
+#[tokio::test]
+async fn a_position_without_a_mark_is_read_on_from() {
+    let folder = scratch();
+    std::fs::write(folder.path().join("f.json"), "{\"a\":1}\n{\"a\":2}\n").expect("a file");
+    let config = config("path: f.json\nfields: {a: int}");
+    let mut position = pipeline::state::StateWriter::default();
+    position.u64(1);
+    position.str("f.json");
+    [8, 1, 0].into_iter().for_each(|number| position.u64(number));
+    let read = read(&config, folder.path(), Some(&position.finish())).await.expect("rows");
+    assert_eq!(read.rows, [r#"{"a":2}"#]);
 }
 
 #[test]

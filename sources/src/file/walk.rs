@@ -14,10 +14,10 @@ use super::files::DataFile;
 use super::lines::JsonLines;
 use super::pace::Pace;
 use super::parquet::ParquetFile;
-use super::{Format, Layout, Part, Place, Rows};
+use super::{Format, Layout, Part, Place, Rows, Tail};
 
-/// First number of an encoded position, so that a later form can be told apart.
-const POSITION_VERSION: u64 = 1;
+/// First number of an encoded position, so that a later form can be told apart. Version 1 ended after `taken`.
+const POSITION_VERSION: u64 = 2;
 
 /// Where to go on: what the checkpoint keeps.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,6 +39,15 @@ impl Position {
         writer.u64(self.place.offset);
         writer.u64(self.place.line);
         writer.u64(self.taken as u64);
+        writer.bool(self.place.mark.is_some());
+        writer.u64(self.place.mark.unwrap_or_default());
+        let (kind, length) = match self.place.tail {
+            Tail::None => (0, 0),
+            Tail::Row => (1, 0),
+            Tail::Wrong(length) => (2, length),
+        };
+        writer.u64(kind);
+        writer.u64(length);
         writer.finish()
     }
 
@@ -46,14 +55,23 @@ impl Position {
     pub(super) fn decode(bytes: &[u8]) -> Result<Self> {
         let mut reader = StateReader::new(bytes);
         let version = reader.u64()?;
-        if version != POSITION_VERSION {
+        if !(1..=POSITION_VERSION).contains(&version) {
             return Err(Error::internal(format!(
                 "a position of version {version}; this program writes {POSITION_VERSION}"
             )));
         }
         let file = reader.str()?.to_owned();
-        let place = Place { offset: reader.u64()?, line: reader.u64()? };
+        let mut place = Place { offset: reader.u64()?, line: reader.u64()?, ..Place::default() };
         let taken = usize::try_from(reader.u64()?).unwrap_or(usize::MAX);
+        if version > 1 {
+            let (has_mark, mark) = (reader.bool()?, reader.u64()?);
+            place.mark = has_mark.then_some(mark);
+            place.tail = match (reader.u64()?, reader.u64()?) {
+                (1, _) => Tail::Row,
+                (2, length) => Tail::Wrong(length),
+                _ => Tail::None,
+            };
+        }
         Ok(Self { file, place, taken })
     }
 }
