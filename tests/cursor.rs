@@ -269,6 +269,28 @@ async fn a_commit_order_that_the_table_does_not_have_is_refused() {
     }
 }
 
+#[tokio::test]
+async fn a_table_that_counts_anew_is_refused() {
+    for order in ["commit_order: autoincrement\n", ""] {
+        let mut trial = Trial::sqlite().await;
+        trial.options = trial.options.replace("commit_order: autoincrement\n", order);
+        trial.db.execute("INSERT INTO t (v) VALUES (1), (2), (3)").await;
+        let mut ledger = Ledger::new();
+        ledger.read(&trial, 3).await;
+        let position = ledger.position.as_deref();
+        // Deleted rows are no reason: their ids are not given out again.
+        trial.db.execute("DELETE FROM t").await;
+        assert!(connect(&mut trial.db.source(&trial.options), position).await.is_ok());
+        for set_back in ["UPDATE sqlite_sequence SET seq = 2", "DELETE FROM sqlite_sequence"] {
+            trial.db.execute(set_back).await;
+            let error = connect(&mut trial.db.source(&trial.options), position).await.err().expect(set_back);
+            assert!(error.to_string().contains("has not come to the id 3 that the position names"), "{error}");
+            assert_eq!(error.retry, pipeline::error::Retry::Never, "it may come there, and rows would be passed over");
+        }
+        assert!(connect(&mut trial.db.source(&trial.options), None).await.is_ok(), "read from the start");
+    }
+}
+
 #[test]
 fn mistakes_about_the_order_of_commits_are_named() {
     for (url, options, expected) in [

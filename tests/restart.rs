@@ -239,6 +239,21 @@ fn a_source_goes_on_from_its_position_after_an_edit_unless_it_reads_something_el
 }
 
 #[test]
+fn a_table_that_was_set_back_is_told() {
+    let folder = Scratch::new();
+    sqlite(folder.path(), "CREATE TABLE visits (id INTEGER PRIMARY KEY); INSERT INTO visits VALUES (1), (2), (3)");
+    let (mut folder, _) = read_rows(folder, TABLE, 3);
+    const WARNING: &str = "every row lies before the position";
+    for (change, is_told) in [("DELETE FROM visits WHERE id = 1", false), ("DELETE FROM visits WHERE id = 3", true)] {
+        sqlite(folder.path(), change);
+        let program = Program::start_in(folder, free_port(), TABLE);
+        program.wait_healthy();
+        assert_eq!(program.process.printed().contains(WARNING), is_told, "{change}");
+        folder = program.stop();
+    }
+}
+
+#[test]
 fn a_pipeline_that_has_gone_is_told_and_its_waiting_rows_are_published() {
     let program = Program::start(ONE);
     program.post("/readings", &[reading("a", 1, 1), reading("a", 1, 11)]);

@@ -94,6 +94,14 @@ impl Connection {
         }
     }
 
+    /// The greatest id that the AUTOINCREMENT table of a column has ever given out.
+    pub(super) async fn sequence(&mut self, column: &Column) -> Result<Option<i64>> {
+        match (&mut self.driver, &column.origin) {
+            (Driver::Sqlite(reader), Some((table, _))) => in_time(self.timeout, reader.sequence(table)).await.map(Some),
+            _ => Ok(None),
+        }
+    }
+
     /// Starts a transaction in which all queries see the same state of the database.
     pub(super) async fn begin(&mut self) -> Result<()> {
         in_time(self.timeout, async {

@@ -62,6 +62,22 @@ impl CursorReader {
         Ok(Self { connection, fields: query.fields.clone(), select, keys, lag })
     }
 
+    /// Whether there are rows, and none of them at the position or behind it: the newest were deleted, or the database was set
+    /// back. Costs no more than a poll.
+    pub(super) async fn lies_behind_all(&mut self) -> Result<bool> {
+        if self.select.is_xid8 || self.keys.is_empty() {
+            return Ok(false);
+        }
+        for (sql, bound) in [self.select.at_or_behind(&self.keys), self.select.any()] {
+            let mut rows = Collector::new(&Fields::default(), &[], 1);
+            self.connection.fetch(&sql, &bound, &mut rows).await?;
+            if rows.seen() > 0 {
+                return Ok(bound.is_empty());
+            }
+        }
+        Ok(false)
+    }
+
     /// The rows after the position and up to `until`.
     async fn rows(&mut self, until: Option<&[Key]>) -> Result<Pulled> {
         let mut rows = Collector::new(&self.fields, &self.select.columns, BATCH_ROWS_MAX);
@@ -124,6 +140,19 @@ async fn not_behind(connection: &mut Connection, position: &Key) -> Result<()> {
     ))
 }
 
+/// Refuses a position that an AUTOINCREMENT table has not come to: its next ids would be passed over. Not tried again, because
+/// the table may come to the position meanwhile.
+pub(super) fn not_behind_sequence(position: &[Key], sequence: i64) -> Result<()> {
+    match position {
+        [Key::Int(id)] if *id > sequence => Err(Error::outside(format!(
+            "the table has not come to the id {id} that the position names, its AUTOINCREMENT is at {sequence}: it is another \
+             one, or was restored from a copy, and counts anew; give the source another name to read all rows again"
+        ))
+        .fatal()),
+        _ => Ok(()),
+    }
+}
+
 /// Makes the queries of a cursor.
 struct Select {
     server: Server,
@@ -147,6 +176,18 @@ impl Select {
         let quoted = self.quoted();
         let order: Vec<String> = quoted.iter().map(|column| format!("{column} DESC")).collect();
         (self.sql(&quoted.join(", "), &condition, &format!("{} LIMIT 1", order.join(", "))), bound)
+    }
+
+    /// The query for one row at `position` or behind it, and its values.
+    fn at_or_behind(&self, position: &[Key]) -> (String, Vec<Key>) {
+        let mut bound = Vec::new();
+        let condition = self.compare(&self.quoted(), ">=", position, &mut bound);
+        (format!("SELECT 1 AS one FROM (\n{}\n) AS tailwater WHERE {condition} LIMIT 1", self.query), bound)
+    }
+
+    /// The query for any row.
+    fn any(&self) -> (String, Vec<Key>) {
+        (format!("SELECT 1 AS one FROM (\n{}\n) AS tailwater LIMIT 1", self.query), Vec::new())
     }
 
     fn sql(&self, columns: &str, condition: &str, order: &str) -> String {

@@ -79,6 +79,9 @@ options are edited, but not when these are: host, port and database in `url`, `t
   it was first seen; by then whatever drew a smaller id or an earlier time is there. Its limit: a transaction that is
   open for longer than `lag` after it drew its id or time is passed over, and so is a time that a clock gives which is slow by
   more than that. Nothing comes twice.
+- A database that was set back (restored from a copy, ids counted anew) gives ids out again that were read already. An `xid8`
+  and an AUTOINCREMENT tell, and the source fails; for other cursors a warning at the connect tells when every row lies before
+  the position.
 - `commit_order: assured` says that you know: one writer, or a query that holds young rows back itself.
 
 ## Limits
@@ -180,7 +183,8 @@ fields:
     fn build(&self, cx: SourceContext) -> Result<Box<dyn Source>> {
         let plan = self.checked_plan()?;
         let (url, timeout) = (self.url.value.clone(), self.timeout.value);
-        Ok(Box::new(SqlSource { plan, url, timeout, folder: cx.folder, name: cx.name, warned: false }))
+        let (folder, name) = (cx.folder, cx.name);
+        Ok(Box::new(SqlSource { plan, url, timeout, folder, name, warned: false, warned_of_set_back: false }))
     }
 
     fn identity(&self) -> Option<String> {
@@ -286,6 +290,8 @@ struct SqlSource {
     name: String,
     /// Whether the log tells that the cursor is not known to be in order.
     warned: bool,
+    /// Whether the log tells that every row lies before the position.
+    warned_of_set_back: bool,
 }
 
 #[async_trait]
@@ -307,17 +313,31 @@ impl Source for SqlSource {
             }
             Mode::Cursor { query, columns, start, guard } => {
                 let result = verify(&mut connection, query).await?;
+                let stored = position.map(|p| key::decode(columns, p)).transpose()?.unwrap_or_default();
+                let mut counts = false;
                 if let (Server::Sqlite(_), Guard::None | Guard::Autoincrement) = (server, guard) {
                     let id = result.iter().find(|column| Some(&column.name) == columns.first());
-                    let is_exact = match id {
-                        Some(id) => columns.len() == 1 && connection.is_autoincrement(id).await?,
-                        None => false,
-                    };
-                    self.warned = not_autoincrement(&self.name, &columns[0], *guard, is_exact, self.warned)?;
+                    if let Some(id) = id.filter(|_| columns.len() == 1) {
+                        counts = connection.is_autoincrement(id).await?;
+                        if counts && let Some(sequence) = connection.sequence(id).await? {
+                            cursor::not_behind_sequence(&stored, sequence)?;
+                        }
+                    }
+                    self.warned = not_autoincrement(&self.name, &columns[0], *guard, counts, self.warned)?;
                 }
-                let stored = position.map(|p| key::decode(columns, p)).transpose()?.unwrap_or_default();
-                let keys = if stored.is_empty() { start.clone() } else { stored };
-                Box::new(CursorReader::open(connection, server, query, columns, keys, (guard, &result)).await?)
+                let has_position = !stored.is_empty();
+                let keys = if has_position { stored } else { start.clone() };
+                let mut reader = CursorReader::open(connection, server, query, columns, keys, (guard, &result)).await?;
+                if has_position && !counts && !self.warned_of_set_back && reader.lies_behind_all().await? {
+                    self.warned_of_set_back = true;
+                    tracing::warn!(
+                        source = self.name,
+                        "every row lies before the position: if the newest were not deleted, the database was set back (restored \
+                         from a copy, its ids counted anew), and rows are not read before they pass the position; then give the \
+                         source another name to read all rows again"
+                    );
+                }
+                Box::new(reader)
             }
         }))
     }

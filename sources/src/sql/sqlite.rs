@@ -93,6 +93,14 @@ impl SqliteReader {
         Ok(created.flatten().is_some_and(|sql| has_autoincrement(&sql)))
     }
 
+    /// The greatest id that an AUTOINCREMENT table has ever given out; 0 before the first.
+    pub(super) async fn sequence(&mut self, table: &str) -> Result<i64> {
+        let sql = "SELECT seq FROM sqlite_sequence WHERE name = ? COLLATE NOCASE";
+        let query = sqlx::query_scalar::<_, i64>(sql).bind(table.to_owned());
+        let found = query.persistent(false).fetch_optional(&mut self.connection).await.map_err(failed)?;
+        Ok(found.unwrap_or_default())
+    }
+
     /// Runs a statement without values.
     pub(super) async fn execute(&mut self, sql: &'static str) -> Result<(), sqlx::Error> {
         (&mut self.connection).execute(sqlx::raw_sql(sql)).await.map(drop)
