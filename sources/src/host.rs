@@ -19,6 +19,7 @@ use sysinfo::{
     ProcessesToUpdate, System,
 };
 
+use crate::blocking;
 use crate::fixed::{count, rows_of};
 
 const PAGE: &str = "\
@@ -141,15 +142,13 @@ struct Host {
 impl Source for Host {
     async fn connect(&mut self, _: Option<&[u8]>) -> Result<Reader> {
         let disk = self.disk.clone();
-        let meter = blocking(move || Meter::new(&disk)).await??;
+        let meter = blocking(MEASURING, move || Meter::new(&disk)).await?;
         Ok(Reader::Pull(Box::new(HostReader { meter: Some(meter) })))
     }
 }
 
 /// The system is asked by reading files, which may block.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("measuring the host").because(error))
-}
+const MEASURING: &str = "measuring the host";
 
 struct HostReader {
     /// Away while it measures.
@@ -160,9 +159,9 @@ struct HostReader {
 impl PullReader for HostReader {
     async fn next(&mut self) -> Result<Option<Pulled>> {
         let mut meter = self.meter.take().ok_or_else(|| Error::outside("the last measurement did not end"))?;
-        let (meter, cells) = blocking(move || {
+        let (meter, cells) = blocking(MEASURING, move || {
             let cells = meter.measure();
-            (meter, cells)
+            Ok((meter, cells))
         })
         .await?;
         self.meter = Some(meter);

@@ -10,9 +10,11 @@ pub mod self_metrics;
 pub mod sql;
 
 mod fixed;
+mod identity;
 #[cfg(test)]
 mod testing;
 
+use pipeline::error::{Error, Result};
 use pipeline::plugin::SourcePlugin;
 
 /// Every source, in the order of the documentation.
@@ -26,6 +28,14 @@ pub const SOURCES: &[SourcePlugin] = &[
     SourcePlugin::of::<host::HostConfig>(),
     SourcePlugin::of::<self_metrics::SelfConfig>(),
 ];
+
+/// Runs what may block on the disk or the system; `what` names it in the error of a panic.
+async fn blocking<T: Send + 'static>(
+    what: &'static str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal(what).because(error))?
+}
 
 #[cfg(test)]
 mod tests {

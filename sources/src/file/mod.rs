@@ -32,6 +32,7 @@ use tokio::task::JoinHandle;
 
 pub use self::pace::Speed;
 use self::walk::{Position, Walk};
+use crate::blocking;
 
 const PAGE: &str = "\
 Reads JSON lines, CSV and Parquet files, as fast as the graph takes them or at the pace of their event time.
@@ -70,6 +71,9 @@ A file is missing, is no file of its format, or lacks a column of `fields`: the 
 changed under the position (it is gone, shorter, or another one, by the 256 bytes before it; of Parquet by the row groups)
 is such an error too. A disk that fails while reading is tried again.
 ";
+
+/// What may block on the disk.
+const READING: &str = "reading a file";
 
 /// How often rows that have become due are looked for, when a pace is given: finer than an eye can tell, and 50 polls
 /// a second cost nothing.
@@ -170,7 +174,7 @@ fields: {device_id: string, latency_ms: float, ts: timestamp}
         let pattern = self.path.value.clone();
         Box::pin(async move {
             let layout = layout?;
-            blocking(move || {
+            blocking(READING, move || {
                 let files = files::find(&cx.folder, &pattern)?;
                 let first = files.first().ok_or_else(|| Error::internal("no file found and no error"))?;
                 discover::fields(&layout, first)
@@ -354,7 +358,8 @@ impl Source for FileSource {
         let position = position.map(Position::decode).transpose()?;
         let (layout, folder, pattern) = (Arc::clone(&self.layout), self.folder.clone(), self.pattern.clone());
         let pace = self.pace;
-        let walk = blocking(move || Walk::start(layout, files::find(&folder, &pattern)?, position, pace)).await?;
+        let walk =
+            blocking(READING, move || Walk::start(layout, files::find(&folder, &pattern)?, position, pace)).await?;
         Ok(Reader::Pull(Box::new(FileReader { walk: Some(walk), reading: None })))
     }
 }
@@ -377,13 +382,8 @@ impl PullReader for FileReader {
         let reading = self.reading.as_mut().ok_or_else(|| Error::internal("the reader has failed before"))?;
         let finished = reading.await;
         self.reading = None;
-        let (walk, pulled) = finished.map_err(|e| Error::internal("reading a file").because(e))?;
+        let (walk, pulled) = finished.map_err(|e| Error::internal(READING).because(e))?;
         self.walk = Some(walk);
         pulled
     }
-}
-
-/// Runs what may block on the disk.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal("reading a file").because(e))?
 }

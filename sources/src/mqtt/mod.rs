@@ -38,6 +38,8 @@ use session::{Change, Session, Subscribed};
 use socket::{Client, Socket};
 use topic::Topic;
 
+use crate::blocking;
+
 const PAGE: &str = "\
 Messages of an MQTT broker, one row each.
 
@@ -310,6 +312,9 @@ impl MqttConfig {
     }
 }
 
+/// What may block on the disk.
+const STATE_FILE: &str = "the state file of an MQTT source";
+
 /// Longest wait for the goodbye of a connection, which a broken line may swallow.
 const GOODBYE_MAX: std::time::Duration = std::time::Duration::from_secs(2);
 
@@ -452,14 +457,14 @@ impl MqttSource {
         }
         let (path, name) = (self.path.clone(), self.name.clone());
         let client_id = self.config.client_id.as_ref().map(|id| id.value.clone());
-        let session = blocking(move || Session::load(&path, &name, client_id.as_deref())).await?;
+        let session = blocking(STATE_FILE, move || Session::load(&path, &name, client_id.as_deref())).await?;
         self.session = Some(session.clone());
         Ok(session)
     }
 
     /// Notes a step of the session, on the disk first. Returns the number of the broker's session.
     async fn remember(&mut self, step: impl FnOnce() -> Result<Session> + Send + 'static) -> Result<u32> {
-        let session = blocking(step).await?;
+        let session = blocking(STATE_FILE, step).await?;
         let number = session.sessions;
         self.session = Some(session);
         Ok(number)
@@ -575,12 +580,4 @@ fn check_answers(filters: &[String], answers: &[Option<String>]) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Runs a small piece of file work where it may block.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => Err(Error::internal("the state file of an MQTT source").because(error)),
-    }
 }

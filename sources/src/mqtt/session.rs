@@ -3,16 +3,12 @@
 //! A small file in the state folder, so that the client id stays the same through restarts (the broker keeps
 //! messages under it) and differs between installations (two clients of one id throw each other out).
 
-use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use pipeline::error::{Error, Result};
+use pipeline::error::Result;
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
 
-/// Hexadecimal digits of the random part of a client id; enough for all installations at one broker.
-const SUFFIX_DIGITS: usize = 12;
+use crate::identity;
 
 /// The file's content.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,37 +50,17 @@ impl Session {
 
     /// Reads the file, or makes it at the first start. `client_id` is the one of the configuration.
     pub(super) fn load(path: &Path, source: &str, client_id: Option<&str>) -> Result<Self> {
-        let stored = match std::fs::read(path) {
-            Ok(bytes) => Some(serde_json::from_slice::<Self>(&bytes).map_err(|e| {
-                let message = format!("{} is damaged; without it the source starts a new session", path.display());
-                Error::outside(message).because(e).fatal()
-            })?),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
-            Err(error) => return Err(Error::outside(format!("cannot read {}", path.display())).because(error)),
-        };
+        let stored = identity::load::<Self>(path, "starts a new session")?;
         match (stored, client_id) {
             (Some(session), None) => Ok(session),
             (Some(session), Some(id)) if session.client_id == id => Ok(session),
             (_, id) => {
-                let client_id = id.map_or_else(|| new_client_id(source), str::to_owned);
+                let client_id = id.map_or_else(|| identity::new_name(source), str::to_owned);
                 let session = Self { client_id, subscribed: Subscribed::default(), unconfirmed: None, sessions: 0 };
-                session.store(path)?;
+                identity::store(path, &session)?;
                 Ok(session)
             }
         }
-    }
-
-    /// Replaces the file in one step.
-    fn store(&self, path: &Path) -> Result<()> {
-        let failed = |e: std::io::Error| Error::outside(format!("cannot write {}", path.display())).because(e);
-        let text = serde_json::to_vec(self).map_err(|e| Error::internal("client id").because(e))?;
-        let folder = path.parent().unwrap_or(Path::new("."));
-        std::fs::create_dir_all(folder).map_err(failed)?;
-        let next = path.with_extension("id.next");
-        let mut file = File::create(&next).map_err(failed)?;
-        file.write_all(&text).and_then(|()| file.sync_all()).map_err(failed)?;
-        std::fs::rename(&next, path).map_err(failed)?;
-        File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)
     }
 
     /// Notes, before CONNECT leaves, that `wanted` is about to be asked for. The answer may never be read, and the broker
@@ -93,7 +69,7 @@ impl Session {
         let asked = self.unconfirmed.get_or_insert_default();
         let new: Vec<String> = wanted.filters.iter().filter(|filter| !asked.contains(filter)).cloned().collect();
         asked.extend(new);
-        self.store(path)?;
+        identity::store(path, &self)?;
         Ok(self)
     }
 
@@ -101,7 +77,7 @@ impl Session {
     pub(super) fn begun(mut self, path: &Path) -> Result<Self> {
         self.sessions = self.sessions.wrapping_add(1);
         self.subscribed = Subscribed::default();
-        self.store(path)?;
+        identity::store(path, &self)?;
         Ok(self)
     }
 
@@ -133,14 +109,9 @@ impl Session {
     pub(super) fn confirmed(mut self, wanted: Subscribed, path: &Path) -> Result<Self> {
         self.subscribed = wanted;
         self.unconfirmed = None;
-        self.store(path)?;
+        identity::store(path, &self)?;
         Ok(self)
     }
-}
-
-fn new_client_id(source: &str) -> String {
-    let random = Uuid::new_v4().simple().to_string();
-    format!("tailwater-{source}-{}", &random[..SUFFIX_DIGITS])
 }
 
 #[cfg(test)]
@@ -186,11 +157,5 @@ mod tests {
 
     fn owned(texts: &[&str]) -> Vec<String> {
         texts.iter().map(|text| (*text).to_owned()).collect()
-    }
-
-    #[test]
-    fn client_ids_differ_and_name_the_source() {
-        let (one, other) = (new_client_id("devices"), new_client_id("devices"));
-        assert!(one != other && one.starts_with("tailwater-devices-"), "{one} {other}");
     }
 }

@@ -4,8 +4,6 @@
 //! that seem dead have left, then new entries. An entry is known by its id if it comes again.
 
 use std::collections::{HashMap, VecDeque};
-use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -17,13 +15,13 @@ use pipeline::plugin::source::{
 };
 use pipeline::state::{StateReader, StateWriter};
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
 use wire::redis::{Command, Connection, Endpoint, PATIENCE, Reply};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 use super::entry::{EntryRows, entry_of, payload, streams_of, words_of};
 use super::stream::{BLOCK, ENTRIES_MAX, Start};
 use super::unacknowledged::Unacknowledged;
+use crate::identity;
 
 /// Entries that are remembered, to know one that comes again. No more are given out while so many are unacknowledged: the
 /// engine takes in several times as many small ones while its disk stands still.
@@ -31,9 +29,6 @@ const REMEMBERED_MAX: usize = 1 << 16;
 
 /// Entries in one `XACK`.
 const ACKNOWLEDGED_MAX: usize = 1024;
-
-/// Hexadecimal digits of the random part of a member's name.
-const SUFFIX_DIGITS: usize = 12;
 
 /// The source in this mode.
 pub(super) struct GroupSource {
@@ -119,18 +114,8 @@ impl Member {
 
     /// Reads the file, or makes a new name. `consumer` is the one of the configuration.
     fn load(path: &Path, source: &str, consumer: Option<&str>) -> Result<Self> {
-        let stored = match std::fs::read(path) {
-            Ok(bytes) => Some(serde_json::from_slice::<Self>(&bytes).map_err(|e| {
-                let message = format!("{} is damaged; without it the source is a new member", path.display());
-                Error::outside(message).because(e).fatal()
-            })?),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
-            Err(error) => return Err(Error::outside(format!("cannot read {}", path.display())).because(error)),
-        };
-        let mut member = stored.unwrap_or_else(|| {
-            let random = Uuid::new_v4().simple().to_string();
-            Self { consumer: format!("tailwater-{source}-{}", &random[..SUFFIX_DIGITS]), groups: Vec::new() }
-        });
+        let stored = identity::load(path, "is a new member")?;
+        let mut member = stored.unwrap_or_else(|| Self { consumer: identity::new_name(source), groups: Vec::new() });
         if let Some(consumer) = consumer {
             consumer.clone_into(&mut member.consumer);
         }
@@ -140,18 +125,10 @@ impl Member {
     /// Notes that there are these groups. Before the first entry is taken: the name must survive a crash.
     fn note(&mut self, streams: &[String], group: &str, path: &Path) -> Result<()> {
         self.groups = streams.iter().map(|stream| (stream.clone(), group.to_owned())).collect();
-        let text = serde_json::to_vec(self).map_err(|e| Error::internal("a member's name").because(e))?;
-        if std::fs::read(path).is_ok_and(|stored| stored == text) {
+        if identity::load(path, "is a new member")?.is_some_and(|stored: Self| stored == *self) {
             return Ok(());
         }
-        let failed = |e: std::io::Error| Error::outside(format!("cannot write {}", path.display())).because(e);
-        let folder = path.parent().unwrap_or(Path::new("."));
-        std::fs::create_dir_all(folder).map_err(failed)?;
-        let next = path.with_extension("id.next");
-        let mut file = File::create(&next).map_err(failed)?;
-        file.write_all(&text).and_then(|()| file.sync_all()).map_err(failed)?;
-        std::fs::rename(&next, path).map_err(failed)?;
-        File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)
+        identity::store(path, self)
     }
 }
 
