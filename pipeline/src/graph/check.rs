@@ -187,7 +187,7 @@ impl<'a> Checker<'a> {
             // Without a position there is nothing that an edited option could change.
             delivery => format!("{delivery:?}"),
         };
-        let fingerprint = xxh3_64(format!("{}{identity}", type_name.value).as_bytes());
+        let fingerprint = |of: &str| xxh3_64(format!("{}{of}", type_name.value).as_bytes());
         Some(GraphSource {
             name: entry.name.value.clone(),
             type_name: type_name.value.clone(),
@@ -195,7 +195,8 @@ impl<'a> Checker<'a> {
             shape,
             event_time,
             on_demand,
-            fingerprint,
+            fingerprint: fingerprint(&identity),
+            fingerprint_of_options: fingerprint(&canonical(&entry.options)),
         })
     }
 

@@ -69,6 +69,8 @@ pub struct GraphSource {
     /// Changes when a position means nothing any more: see
     /// [`SourceConfig::identity`](crate::plugin::SourceConfig::identity).
     pub fingerprint: u64,
+    /// What stands in checkpoints of earlier versions instead: it changes with any option.
+    pub fingerprint_of_options: u64,
 }
 
 /// Where event time comes from.

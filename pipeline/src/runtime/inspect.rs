@@ -13,7 +13,7 @@ use super::outbox::Kept;
 use super::store::{Checkpoint, Found, is_locked, read_all};
 use super::{
     INBOXES, fingerprint_of_sink, first_not_covered, inbox_folder, key_of_pipeline, key_of_sink, key_of_source,
-    outbox_folder, what_it_keeps,
+    outbox_folder, recognize, what_it_keeps,
 };
 use crate::disk::{Disk, RealDisk};
 use crate::error::{Error, Result};
@@ -133,7 +133,8 @@ pub fn state(graph: &Graph) -> Result<State> {
     let disk: Arc<dyn Disk> = Arc::new(RealDisk);
     // Before the checkpoints: what is told to be in none of them is not just on its way into one.
     let inboxes = logs(&disk, &dir.join("inbox"))?;
-    let found = read_all(dir)?;
+    let mut found = read_all(dir)?;
+    found.iter_mut().flat_map(|found| &mut found.checkpoint).for_each(|one| recognize(one, &graph.sources));
     // After them: then all that they name is in it.
     let outboxes = logs(&disk, &dir.join("outbox"))?;
     let taken = newest(&found);

@@ -172,7 +172,8 @@ impl Starter {
         let restored = store.latest()?;
         let inboxes = graph.sources.iter().map(|source| inbox_folder(&graph.state_dir, source));
         fresh::check_start(&graph.state_dir, restored.is_some(), inboxes)?;
-        let restored = restored.unwrap_or_default();
+        let mut restored = restored.unwrap_or_default();
+        recognize(&mut restored, &graph.sources);
         let status = Arc::new(Status::default());
         let pipelines = graph.pipelines.iter().map(|p| (p.name.clone(), p.shape.keys.clone()));
         let errors = graph.sources.iter().map(|s| (format!("{}{ERRORS_SUFFIX}", s.name), Vec::new()));
@@ -606,6 +607,17 @@ fn key_of_sink(sink: &GraphSink) -> String {
     format!("sink/{}", sink.name)
 }
 
+/// Gives the sources in a checkpoint of an earlier version the fingerprints of this one.
+fn recognize(checkpoint: &mut Checkpoint, sources: &[GraphSource]) {
+    for source in sources {
+        if let Some((of, _)) = checkpoint.nodes.get_mut(&key_of_source(source))
+            && *of == source.fingerprint_of_options
+        {
+            *of = source.fingerprint;
+        }
+    }
+}
+
 /// The state of a sink of another type is no state for this one; all else a sink finds out by itself.
 fn fingerprint_of_sink(sink: &GraphSink) -> u64 {
     xxh3_64(sink.type_name.as_bytes())
@@ -616,10 +628,10 @@ fn what_it_keeps(key: &str) -> &'static str {
     if key.starts_with("sink/") { "rows that it kept" } else { "its position and open windows" }
 }
 
-/// Where the inbox of a push source lies. It outlives a change of the source's options, but not of its type: another one
-/// could not read the records.
+/// Where the inbox of a push source lies. It outlives a change of the source's options, but not of the kind of its records:
+/// another one could not read them.
 fn inbox_folder(state_dir: &Path, source: &GraphSource) -> PathBuf {
-    state_dir.join("inbox").join(format!("{}.{}", source.name, source.type_name))
+    state_dir.join("inbox").join(format!("{}.{}", source.name, source.config.inbox()))
 }
 
 /// Beginning of the keys of inboxes in a checkpoint.

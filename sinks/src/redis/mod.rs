@@ -306,6 +306,10 @@ impl OutboxSink for RedisSink {
         self.dones().next().is_some()
     }
 
+    async fn last_delivery(&mut self, input: usize) -> Result<Option<u64>> {
+        Ok(self.inputs.get(input).and_then(|input| Some(input.done.as_ref()?.last)))
+    }
+
     async fn deliver(&mut self, input: usize, rows: &RecordBatch, id: u64) -> Result<()> {
         let plan = self.inputs.get(input).ok_or_else(|| Error::internal(format!("no input {input}")))?;
         let first = id.saturating_sub(rows.num_rows() as u64);
