@@ -624,6 +624,7 @@ async fn a_repeated_delivery_is_skipped_where_asked_even_after_a_restart() {
     }
     assert_eq!(server.command(&["GET", "total"]), "6");
     assert_eq!(server.command(&["GET", "tailwater:out:load"]), "6");
+    assert_eq!(second.last_delivery(0).await.expect("connected"), Some(6));
     // Cut otherwise after a restart: one row is known, the other is not.
     second.deliver(0, &sink_rows(&TWO_ROWS), 7).await.expect("delivered");
     assert_eq!(server.command(&["GET", "total"]), "7");

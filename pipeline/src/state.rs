@@ -10,7 +10,7 @@ use arrow::ipc::writer::StreamWriter;
 use crate::error::{Error, Result};
 
 /// Writes one node's state.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct StateWriter {
     bytes: Vec<u8>,
     /// Why a part could not be written.

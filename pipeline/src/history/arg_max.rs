@@ -61,8 +61,8 @@ impl AggregateUDFImpl for Extreme {
                 true => DataType::Decimal128(*precision, *scale),
                 false => {
                     return plan_err!(
-                        "{} orders by decimals of at most {KEY_DIGITS} digits, not by {order}: cast it to \
-                         decimal({KEY_DIGITS}, {scale}), or to double where equal is near enough",
+                        "{} orders by decimals of at most {KEY_DIGITS} digits, not by {order}: cast it to one of fewer, \
+                         or to double where near is as good as equal",
                         self.name
                     );
                 }

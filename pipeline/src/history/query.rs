@@ -49,7 +49,7 @@ const BATCH_ROWS: usize = 16 * 1024;
 /// Most bytes of footers that are kept from query to query; those asked for longest ago go first.
 const FOOTERS_BYTES_MAX: usize = 32 << 20;
 
-pub(super) type Outcome<T> = Result<T, QueryError>;
+type Outcome<T> = Result<T, QueryError>;
 
 /// Footers of files that were read, each good for the file of that name, size and time of change.
 pub(super) type Footers = Arc<FileMetadataCache>;

@@ -10,7 +10,6 @@ use datafusion::logical_expr::{Expr, LogicalPlan};
 use datafusion::sql::parser::Statement as DfStatement;
 use datafusion::sql::sqlparser::ast::{Expr as SqlExpr, ObjectName, Query, SetExpr, Visit, Visitor};
 
-use super::query::Outcome;
 use super::{QueryError, QueryErrorKind};
 
 /// Deepest nesting of operators, and most `UNION`s. The planner's time grows with the square of either, and it
@@ -32,7 +31,7 @@ const TWICE: [&str; 3] = ["coalesce", "nvl", "ifnull"];
 const TWICE_DEPTH_MAX: usize = 10;
 
 /// Refuses a statement that would take the planner too long, or more memory or stack than there is.
-pub(super) fn refuse_statement(statement: &DfStatement) -> Outcome<()> {
+pub(super) fn refuse_statement(statement: &DfStatement) -> Result<(), QueryError> {
     match statement {
         DfStatement::Explain(explain) => refuse_statement(&explain.statement),
         DfStatement::Statement(statement) => match statement.visit(&mut Size::default()) {
@@ -141,7 +140,7 @@ fn too_deep() -> ControlFlow<String> {
 
 /// Refuses a plan whose expressions the planner would write out without end: it moves a condition below the columns that it
 /// names, and `SELECT x + x AS x` then doubles it, in every subquery anew.
-pub(super) fn refuse_plan(plan: &LogicalPlan) -> Outcome<()> {
+pub(super) fn refuse_plan(plan: &LogicalPlan) -> Result<(), QueryError> {
     let mut written = 0;
     weigh(plan, &mut written);
     if written <= EXPRESSIONS_MAX {

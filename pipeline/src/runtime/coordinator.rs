@@ -9,9 +9,10 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 use tracing::{info, warn};
 
 use super::edge::Barrier;
+use super::names::inbox_entry;
 use super::outbox::Outbox;
 use super::store::{Checkpoint, Store};
-use super::{blocking, inbox_entry, is_true};
+use super::{blocking, is_true};
 use crate::error::{Error, Result, Retry};
 use crate::live::Frozen;
 use crate::state::StateWriter;

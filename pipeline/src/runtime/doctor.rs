@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use super::fresh::ASIDE;
 use super::inspect::{covered, kept, logs, newest, sink_of, source_of};
-use super::key_of_sink;
+use super::names::key_of_sink;
 use super::store::{Checkpoint, Found, Store, is_locked, is_set_aside, read_all};
 use crate::disk::{Disk, Entry, RealDisk};
 use crate::error::{Error, Result};

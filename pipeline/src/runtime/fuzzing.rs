@@ -7,8 +7,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::first_not_covered;
 use super::intake_task::IntakeTask;
+use super::names::first_not_covered;
 use super::outbox::Kept;
 use super::store::{Checkpoint, Manifest, Store, resealed};
 use crate::disk::Disk;
@@ -103,20 +103,7 @@ mod tests {
 
     fn changed(bytes: &[u8], random: &mut Random) -> Vec<u8> {
         let mut bytes = bytes.to_vec();
-        for _ in 0..=random.below(4) {
-            let length = bytes.len() as u64;
-            let at = random.below(length) as usize;
-            let to = at + random.below((length - at as u64).min(64) + 1) as usize;
-            match random.below(6) {
-                _ if bytes.is_empty() => bytes.push(random.number() as u8),
-                0 => bytes[at] ^= 1 << random.below(8),
-                1 => bytes[at] = [0, 1, 0x7f, 0x80, 0xff][random.below(5) as usize],
-                2 => bytes.truncate(at),
-                3 => drop(bytes.drain(at..to)),
-                4 => bytes.extend_from_within(at..to),
-                _ => bytes[at..to].fill(0),
-            }
-        }
+        (0..=random.below(4)).for_each(|_| random.damage(&mut bytes));
         bytes
     }
 

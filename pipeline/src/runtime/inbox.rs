@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tracing::warn;
 
 use super::back_off::BackOff;
-use super::key_of_inbox;
+use super::names::key_of_inbox;
 use crate::batch::BATCH_ROWS_MAX;
 use crate::disk::Disk;
 use crate::error::{Error, Result, Retry};

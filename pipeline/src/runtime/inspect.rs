@@ -9,12 +9,12 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::intake_task::IntakeTask;
-use super::outbox::Kept;
-use super::store::{Checkpoint, Found, is_locked, read_all};
-use super::{
+use super::names::{
     INBOXES, fingerprint_of_sink, first_not_covered, inbox_folder, key_of_pipeline, key_of_sink, key_of_source,
     outbox_folder, recognize, what_it_keeps,
 };
+use super::outbox::Kept;
+use super::store::{Checkpoint, Found, is_locked, read_all};
 use crate::disk::{Disk, RealDisk};
 use crate::error::{Error, Result};
 use crate::graph::Graph;

@@ -13,6 +13,7 @@
 mod back_off;
 mod clock;
 mod coordinator;
+mod demand;
 pub mod doctor;
 mod edge;
 mod fresh;
@@ -22,6 +23,7 @@ mod hold;
 mod inbox;
 pub mod inspect;
 mod intake_task;
+mod names;
 mod outbox;
 mod pipeline_task;
 mod queue;
@@ -33,7 +35,6 @@ mod upkeep_task;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use futures::FutureExt;
@@ -42,9 +43,8 @@ use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Handle, Runtime, RuntimeFlavor};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, block_in_place};
-use tokio::time::{Duration, MissedTickBehavior, interval, sleep, timeout};
+use tokio::time::{Duration, sleep, timeout};
 use tracing::{info, warn};
-use xxhash_rust::xxh3::xxh3_64;
 
 pub use coordinator::Stopped;
 
@@ -60,10 +60,15 @@ use crate::status::{NodeKind, NodeState, NodeStatus, Status};
 use crate::time::now_us;
 use clock::SourceClock;
 use coordinator::{Commit, Control, Coordinator, Report, STOP_DEADLINE};
+use demand::Wanted;
 use edge::{Inputs, Message, Outlet, Takes};
 use hold::Hold;
 use inbox::Inbox;
 use intake_task::{IntakeTask, Unsettled};
+use names::{
+    INBOXES, fingerprint_of_sink, first_not_covered, inbox_folder, key_of_inbox, key_of_pipeline, key_of_sink,
+    key_of_source, outbox_folder, recognize, what_it_keeps,
+};
 use outbox::{DeliveryTask, Outbox};
 use pipeline_task::{PipelineTask, Port};
 use queue::{Receiver, queue};
@@ -71,9 +76,6 @@ use reader_task::{ARRIVALS_MAX, ReaderTask};
 use sink_task::{Running, SinkTask};
 use store::{Checkpoint, Store};
 use upkeep_task::UpkeepTask;
-
-/// How often demand is looked at even if nothing changed: the minute after a `GET` ends by itself.
-const DEMAND_EVERY: Duration = Duration::from_secs(1);
 
 /// At a stop, live clients may say good-bye for this long.
 const CLIENTS_WITHIN: Duration = Duration::from_secs(5);
@@ -594,80 +596,6 @@ impl Nodes {
     }
 }
 
-/// The name of a node in a checkpoint.
-fn key_of_source(source: &GraphSource) -> String {
-    format!("source/{}", source.name)
-}
-
-fn key_of_pipeline(pipeline: &GraphPipeline) -> String {
-    format!("pipeline/{}", pipeline.name)
-}
-
-fn key_of_sink(sink: &GraphSink) -> String {
-    format!("sink/{}", sink.name)
-}
-
-/// Gives the sources in a checkpoint of an earlier version the fingerprints of this one.
-fn recognize(checkpoint: &mut Checkpoint, sources: &[GraphSource]) {
-    for source in sources {
-        if let Some((of, _)) = checkpoint.nodes.get_mut(&key_of_source(source))
-            && *of == source.fingerprint_of_options
-        {
-            *of = source.fingerprint;
-        }
-    }
-}
-
-/// The state of a sink of another type is no state for this one; all else a sink finds out by itself.
-fn fingerprint_of_sink(sink: &GraphSink) -> u64 {
-    xxh3_64(sink.type_name.as_bytes())
-}
-
-/// What a node loses that starts anew.
-fn what_it_keeps(key: &str) -> &'static str {
-    if key.starts_with("sink/") { "rows that it kept" } else { "its position and open windows" }
-}
-
-/// Where the inbox of a push source lies. It outlives a change of the source's options, but not of the kind of its records:
-/// another one could not read them.
-fn inbox_folder(state_dir: &Path, source: &GraphSource) -> PathBuf {
-    state_dir.join("inbox").join(format!("{}.{}", source.name, source.config.inbox()))
-}
-
-/// Beginning of the keys of inboxes in a checkpoint.
-const INBOXES: &str = "inbox/";
-
-/// The name in a checkpoint of the inbox in `folder`. It stands there by itself, not in its source's state: the source may
-/// leave the file for a while, or have another type, and come back.
-fn key_of_inbox(folder: &Path) -> String {
-    let name = folder.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    format!("{INBOXES}{name}")
-}
-
-/// What a checkpoint says of an inbox: the first record that it does not have.
-fn inbox_entry(key: String, first: u64) -> (String, (u64, Vec<u8>)) {
-    (key, (0, first.to_le_bytes().to_vec()))
-}
-
-/// The first record of the inbox in `folder` that a checkpoint does not have, if it knows of that inbox.
-fn first_not_covered(checkpoint: &Checkpoint, folder: &Path) -> Result<Option<u64>> {
-    let key = key_of_inbox(folder);
-    if let Some((_, state)) = checkpoint.nodes.get(&key) {
-        return StateReader::new(state).u64().map(Some);
-    }
-    // In checkpoints of earlier versions it ends the state of the source, whose name stands before the type.
-    let source = key.trim_start_matches(INBOXES).split('.').next().unwrap_or_default();
-    match checkpoint.nodes.get(&format!("source/{source}")) {
-        Some((_, state)) => IntakeTask::place(state).map(|(_, first)| first),
-        None => Ok(None),
-    }
-}
-
-/// Where the outbox of a sink lies.
-fn outbox_folder(state_dir: &Path, sink: &str) -> PathBuf {
-    state_dir.join("outbox").join(sink)
-}
-
 /// Runs what may wait for the disk. A runtime of one thread, as tests have it, has no other thread to hand over to.
 fn blocking<T>(f: impl FnOnce() -> T) -> T {
     match Handle::current().runtime_flavor() {
@@ -702,57 +630,6 @@ impl Outlets {
 
     fn take(&mut self, producer: Producer) -> Outlet {
         self.of.remove(&producer).unwrap_or_default()
-    }
-}
-
-/// Which sources somebody wants: only `on_demand` ones are ever unwanted.
-struct Wanted {
-    /// Per on-demand source without a durable sink: the metrics downstream of it.
-    on_demand: Vec<(watch::Sender<bool>, Vec<String>)>,
-    receivers: Vec<watch::Receiver<bool>>,
-    /// Keeps the channels of sources that are always wanted open.
-    always: Vec<watch::Sender<bool>>,
-}
-
-impl Wanted {
-    fn new(sources: &[GraphSource], pipelines: &[GraphPipeline], sinks: &[GraphSink]) -> Self {
-        let mut wanted = Self { on_demand: Vec::new(), receivers: Vec::new(), always: Vec::new() };
-        for (index, source) in sources.iter().enumerate() {
-            let downstream = crate::graph::downstream(pipelines, index);
-            let durable = downstream.iter().flat_map(|p| &pipelines[*p].to).any(|sink| !sinks[*sink].shape.live);
-            let (sender, receiver) = watch::channel(durable || !source.on_demand);
-            wanted.receivers.push(receiver);
-            if durable || !source.on_demand {
-                wanted.always.push(sender);
-            } else {
-                let metrics = downstream.iter().map(|p| pipelines[*p].name.clone()).collect();
-                wanted.on_demand.push((sender, metrics));
-            }
-        }
-        wanted
-    }
-
-    fn receiver(&self, source: usize) -> watch::Receiver<bool> {
-        self.receivers[source].clone()
-    }
-
-    /// Follows demand for as long as the graph runs.
-    async fn watch(self, live: Arc<Live>) {
-        let mut changed = live.demand();
-        let mut timer = interval(DEMAND_EVERY);
-        timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        // Moved in, so that the channels of the other sources stay open as well.
-        let _always = self.always;
-        loop {
-            for (sender, metrics) in &self.on_demand {
-                let now = metrics.iter().any(|metric| live.is_wanted(metric));
-                sender.send_if_modified(|wanted| std::mem::replace(wanted, now) != now);
-            }
-            tokio::select! {
-                _ = changed.changed() => {}
-                _ = timer.tick() => {}
-            }
-        }
     }
 }
 

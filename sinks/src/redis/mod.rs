@@ -353,7 +353,8 @@ impl OutboxSink for RedisSink {
 }
 
 /// What it means when a watched number was changed.
-const OVERTAKEN: &str = "another connection wrote for this sink meanwhile, such as an earlier one whose last delivery                          arrived late; what it wrote is looked up before the rows are delivered again";
+const OVERTAKEN: &str = "another connection wrote for this sink meanwhile, such as an earlier one whose last delivery \
+                         arrived late; what it wrote is looked up before the rows are delivered again";
 
 /// The results of the transaction in `replies`, if it was done.
 fn executed(connection: &Connection, mut replies: Vec<Reply>) -> Result<Vec<Reply>> {

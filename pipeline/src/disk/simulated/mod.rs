@@ -41,6 +41,22 @@ impl Random {
     pub fn below(&mut self, bound: u64) -> u64 {
         self.number().checked_rem(bound).unwrap_or(0)
     }
+
+    /// Changes bytes in one of the ways in which files go wrong.
+    pub fn damage(&mut self, bytes: &mut Vec<u8>) {
+        let length = bytes.len() as u64;
+        let at = self.below(length) as usize;
+        let to = at + self.below(length - at as u64 + 1) as usize;
+        match self.below(6) {
+            _ if bytes.is_empty() => bytes.push(self.number() as u8),
+            0 => bytes[at] ^= 1 << self.below(8),
+            1 => bytes[at] = [0, 1, 0x7F, 0x80, 0xFF][self.below(5) as usize],
+            2 => bytes.truncate(at),
+            3 => drop(bytes.drain(at..to)),
+            4 => bytes.extend_from_within(at..to),
+            _ => bytes[at..to].fill(0),
+        }
+    }
 }
 
 /// A disk in memory. Clones are the same disk.

@@ -182,25 +182,6 @@ fn corpus() -> Vec<(String, Files)> {
     list(&folder).into_iter().map(case).collect()
 }
 
-/// Changes a file in one of the ways in which files go wrong.
-fn mutate(bytes: &mut Vec<u8>, random: &mut Random) {
-    let length = bytes.len() as u64;
-    let at = random.below(length) as usize;
-    let to = at + random.below(length - at as u64 + 1) as usize;
-    match random.below(6) {
-        _ if bytes.is_empty() => bytes.push(random.number() as u8),
-        0 => bytes[at] ^= 1 << random.below(8),
-        1 => bytes[at] = [0, 1, 0x7F, 0x80, 0xFF][random.below(5) as usize],
-        2 => bytes.truncate(at),
-        3 => drop(bytes.drain(at..to)),
-        4 => {
-            let copy = bytes[at..to].to_vec();
-            bytes.extend_from_slice(&copy);
-        }
-        _ => bytes[at..to].fill(0),
-    }
-}
-
 #[test]
 fn no_damaged_file_is_read_wrongly() {
     // All of them were made from this one; a change may also mend one.
@@ -211,7 +192,7 @@ fn no_damaged_file_is_read_wrongly() {
             let mut files = files.clone();
             for _ in 0..=random.below(3) {
                 let index = random.below(files.len() as u64) as usize;
-                mutate(&mut files[index].1, &mut random);
+                random.damage(&mut files[index].1);
             }
             if let Ok((log, _)) = open(&install(&files), 130) {
                 let records = all(&log);
