@@ -64,12 +64,6 @@ pub trait SourceConfig: DeserializeOwned + JsonSchema + Send + Sync + Sized + 's
         None
     }
 
-    /// The name of its kind of records, for one whose options choose between several that cannot read each other's. They lie in
-    /// an inbox of that name. Default: its type.
-    fn inbox(&self) -> &'static str {
-        Self::TYPE
-    }
-
     /// What gives the positions of a [`Delivery::Replayable`] source their meaning, as text: where its rows are and by what
     /// they are ordered; no password, no limit, no pace. While it stays the same the source goes on from its position after
     /// other options were edited, and must understand it. Default: all options, as they are written.
@@ -324,8 +318,6 @@ pub trait AnySource: Send + Sync {
     fn decoder(&self) -> Option<Box<dyn Decoder>>;
     /// See [`SourceConfig::receipts`].
     fn receipts(&self) -> Option<Box<dyn Receipts>>;
-    /// See [`SourceConfig::inbox`].
-    fn inbox(&self) -> &'static str;
     /// See [`SourceConfig::identity`].
     fn identity(&self) -> Option<String>;
     /// See [`SourceConfig::discover`].
@@ -344,9 +336,6 @@ impl<T: SourceConfig> AnySource for T {
     }
     fn receipts(&self) -> Option<Box<dyn Receipts>> {
         SourceConfig::receipts(self)
-    }
-    fn inbox(&self) -> &'static str {
-        SourceConfig::inbox(self)
     }
     fn identity(&self) -> Option<String> {
         SourceConfig::identity(self)

@@ -298,7 +298,9 @@ impl Replay {
 fn remember(log: &Log, receipts: &mut dyn Receipts) -> Result<()> {
     let head = log.head()?;
     if !head.bytes.is_empty() {
-        receipts.restore(&mut StateReader::new(&head.bytes))?;
+        let what = "what it remembers of earlier records cannot be read; it is damaged, or the source took other records then \
+                    (a Redis list, and now a group): give the source another name";
+        receipts.restore(&mut StateReader::new(&head.bytes)).map_err(|e| e.context(what))?;
     }
     let mut cursor = log.records_from(head.lsn)?;
     while let Some(stored) = cursor.read()? {

@@ -44,10 +44,10 @@ pub(super) fn what_it_keeps(key: &str) -> &'static str {
     if key.starts_with("sink/") { "rows that it kept" } else { "its position and open windows" }
 }
 
-/// Where the inbox of a push source lies. It outlives a change of the source's options, but not of the kind of its records:
-/// another one could not read them.
+/// Where the inbox of a push source lies. It outlives a change of the source's options, but not of its type: another one
+/// could not read the records.
 pub(super) fn inbox_folder(state_dir: &Path, source: &GraphSource) -> PathBuf {
-    state_dir.join("inbox").join(format!("{}.{}", source.name, source.config.inbox()))
+    state_dir.join("inbox").join(format!("{}.{}", source.name, source.type_name))
 }
 
 /// Beginning of the keys of inboxes in a checkpoint.

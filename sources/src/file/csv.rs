@@ -97,7 +97,12 @@ impl Csv {
             Record::Whole { length, .. } => length,
             _ => self.records.window.bytes().len(),
         };
-        let is_open = matches!(record, Record::Whole { is_open: true, .. });
+        // An open quote in the last line may be closed by what is added to it; one that swallowed lines is a slip.
+        let is_open = match record {
+            Record::Whole { is_open, .. } => is_open,
+            Record::Unclosed => !self.records.window.bytes().contains(&b'\n'),
+            Record::TooLong => false,
+        };
         let open = Tail::Wrong(length as u64);
         self.is_ended = is_open;
         match &wrong {

@@ -54,7 +54,7 @@ files are not matched.
 
 ## Delivery
 Read again from the position in the checkpoint (the file, and the place after the last row), so nothing is lost and nothing
-comes twice; other options than `path` may be edited meanwhile. What is appended to the last file meanwhile is read after a
+comes twice; other options than `path` may be edited meanwhile (with a `speed`, none). What is appended to the last file meanwhile is read after a
 restart. At the end of the last file the source ends, and a graph of such sources only runs to its end. Run again it starts
 anew: its rows are added to the history a second time, and a warning at the start says so.
 
@@ -165,6 +165,10 @@ fields: {device_id: string, latency_ms: float, ts: timestamp}
     }
 
     fn identity(&self) -> Option<String> {
+        if self.speed.value != Speed::Max {
+            // A position counts the rows that were handed out of a part: with other options the part has other rows.
+            return None;
+        }
         let is_text = self.layout().is_ok_and(|layout| layout.format != Format::Parquet);
         Some(format!("{} in {}", if is_text { "bytes" } else { "rows" }, self.path.value))
     }

@@ -438,6 +438,7 @@ async fn a_last_line_without_end_counts_once_whether_it_was_whole_or_not() {
         // A record that was whole, was cut off before its last cell, or in it.
         ("f.csv", "a,b\n1,2".to_owned(), "a,b\n1,2\n3,4\n".to_owned(), [vec![WHOLE], vec![NEXT]], [0, 0]),
         ("f.csv", "a,b\n1".to_owned(), "a,b\n1,2\n3,4\n".to_owned(), [vec![], vec![WHOLE, NEXT]], [1, 0]),
+        ("f.csv", "a,b\n1,\"2".to_owned(), "a,b\n1,\"2\"\n3,4\n".to_owned(), [vec![], vec![WHOLE, NEXT]], [1, 0]),
         ("f.csv", "a,b\n1,2".to_owned(), "a,b\n1,25\n3,4\n".to_owned(), [vec![WHOLE], vec![NEXT]], [0, 1]),
         ("f.csv", "a,b\n1,2".to_owned(), "a,b\n1,25".to_owned(), [vec![WHOLE], vec![]], [0, 1]),
     ] {

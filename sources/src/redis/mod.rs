@@ -305,10 +305,6 @@ fields: {total_messages: int}
         self.list.as_ref().map(|_| Box::new(ListReceipts::default()) as Box<dyn Receipts>)
     }
 
-    fn inbox(&self) -> &'static str {
-        if self.group.is_some() { "redis-group" } else { Self::TYPE }
-    }
-
     /// A position names its streams itself: one that is added begins at its start, the others go on.
     fn identity(&self) -> Option<String> {
         let url = url::Url::parse(self.url.expose()).ok()?;

@@ -47,7 +47,8 @@ impl Server {
         }
     }
 
-    /// Where the database is that `url` names: host, port, database; no user, no password, no settings of the connection.
+    /// Where the database is that `url` names: host, port, database; no password, and no settings of the connection but
+    /// `options`, which may choose a schema. Without a database PostgreSQL takes that of the user's name.
     pub(super) fn place(&self, url: &str) -> Option<String> {
         let (word, port) = match self {
             Self::Postgres => ("postgres", 5432),
@@ -55,10 +56,11 @@ impl Server {
             Self::Sqlite(file) => return Some(format!("sqlite {}", file.display())),
         };
         let url = url::Url::parse(url).ok()?;
-        let names_a_place = |name: &str| matches!(name, "host" | "hostaddr" | "port" | "dbname" | "socket");
+        let names_a_place = |name: &str| matches!(name, "host" | "hostaddr" | "port" | "dbname" | "socket" | "options");
         let more = url.query_pairs().filter(|(name, _)| names_a_place(name)).map(|(_, value)| format!(" {value}"));
         let host = url.host_str().unwrap_or_default();
-        Some(format!("{word} {host}:{}{}{}", url.port().unwrap_or(port), url.path(), more.collect::<String>()))
+        let database = if url.path().trim_matches('/').is_empty() { url.username() } else { url.path() };
+        Some(format!("{word} {host}:{}{database}{}", url.port().unwrap_or(port), more.collect::<String>()))
     }
 
     /// A table's name in quotes; dots separate a schema from its table.

@@ -24,7 +24,7 @@ use arrow::array::RecordBatch;
 use arrow::compute::concat_batches;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep};
-use tracing::{info, warn};
+use tracing::{debug, warn};
 
 pub(crate) use delivery::DeliveryTask;
 pub(crate) use kept::Kept;
@@ -227,16 +227,14 @@ impl Outbox {
         self.changed.notify_one();
     }
 
-    /// Holds the sources back while it is full and its rows wait for a checkpoint, or lets go of them: else it would grow for
-    /// as long as no checkpoint can be written.
+    /// Holds the sources back while it is full of rows that all wait for a checkpoint, or lets go of them: else it would grow
+    /// for as long as none can be written.
     fn hold_back(&self, inner: &mut Inner) {
-        let is_full = self.exactly_once && inner.bytes >= self.bytes_max;
-        if is_full && inner.held.is_none() {
-            let folder = inner.log.folder().display();
-            warn!("`{folder}` is full of rows that wait for a checkpoint or their delivery: the sources are held back");
+        if inner.bytes < self.bytes_max || inner.waiting.iter().any(|waiting| waiting.ready > 0) {
+            inner.held = None;
+        } else if inner.held.is_none() {
+            debug!("`{}` is full of rows that no checkpoint has yet", inner.log.folder().display());
             inner.held = Some(self.hold.hold());
-        } else if !is_full && inner.held.take().is_some() {
-            info!("`{}` has room again", inner.log.folder().display());
         }
     }
 
@@ -319,6 +317,7 @@ impl Outbox {
         }
         if let Some(end) = end {
             inner.waiting.iter_mut().for_each(|waiting| waiting.make_ready(end));
+            self.hold_back(&mut inner);
         }
         let mut needed = None;
         while let Some((_, at)) = inner.needed.pop_front_if(|(number, _)| *number <= oldest_kept) {
@@ -462,15 +461,16 @@ impl Inner {
         for (input, waiting) in self.inputs.iter().zip(&mut self.waiting) {
             waiting.join()?;
             for entry in waiting.entries.iter_mut().skip_while(|entry| entry.lsn.is_some()) {
+                // Before anything is added: on a full disk what was buffered stays.
+                if self.log.buffered_bytes() >= WRITE_BYTES_MAX {
+                    self.log.commit(Vec::new)?;
+                }
                 let Some(rows) = &entry.rows else { continue };
                 let told = Told { metric: &input.metric, first: entry.first, count: entry.count as u64 };
                 let mut payload = StateWriter::default();
                 payload.batches(std::slice::from_ref(rows))?;
                 entry.lsn = Some(self.log.append(ROWS, now_us(), &told.write(), &payload.finish()));
                 self.unwritten -= entry.bytes;
-                if self.log.buffered_bytes() >= WRITE_BYTES_MAX {
-                    self.log.commit(Vec::new)?;
-                }
             }
         }
         self.log.commit(Vec::new)?;
