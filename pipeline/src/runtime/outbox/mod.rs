@@ -15,13 +15,14 @@ mod kept;
 #[cfg(test)]
 mod tests;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use arrow::array::RecordBatch;
+use arrow::array::{Array, RecordBatch, RecordBatchOptions, new_null_array};
 use arrow::compute::concat_batches;
+use arrow::datatypes::{FieldRef, SchemaRef};
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep};
 use tracing::{debug, warn};
@@ -430,11 +431,10 @@ impl Outbox {
 }
 
 impl Inner {
-    /// Whether rows of an earlier run still fit: the same metric with the same columns.
+    /// The input that rows of an earlier run still fit, if there is one.
     fn input_of(&self, metric: &str, rows: &RecordBatch) -> Option<usize> {
-        let same =
-            |input: &SinkInput| input.metric == metric && input.shape.schema.fields() == rows.schema_ref().fields();
-        self.inputs.iter().position(same)
+        let fits = |input: &SinkInput| input.metric == metric && adapted(rows, &input.shape.schema).is_some();
+        self.inputs.iter().position(fits)
     }
 
     fn add(&mut self, input: usize, rows: RecordBatch, ready: bool) {
@@ -508,6 +508,7 @@ impl Inner {
                 Some(rows) => rows.clone(),
                 None => {
                     let rows = read(&self.log, &mut waiting.cursor, entry)?;
+                    let rows = adapted(&rows, &self.inputs[input].shape.schema).unwrap_or(rows);
                     self.memory += entry.bytes;
                     entry.rows.insert(rows).clone()
                 }
@@ -553,17 +554,17 @@ impl Inner {
         let folder = self.log.folder().display().to_string();
         if self.log.next_lsn() < end {
             let here = self.log.next_lsn();
-            warn!("{folder}: records {here} to {end} are gone: rows that waited for delivery are lost");
+            warn!("{folder}: records {here} to {} are gone: rows that waited for delivery are lost", end - 1);
             self.log.pass_over(end)?;
         }
         self.log.truncate(end)?;
         let from = kept.needed();
         if from < self.log.first_lsn() {
             let here = self.log.first_lsn();
-            warn!("{folder}: records {from} to {here} are gone: rows that waited for delivery are lost");
+            warn!("{folder}: records {from} to {} are gone: rows that waited for delivery are lost", here - 1);
         }
         let mut cursor = self.log.records_from(from.max(self.log.first_lsn()))?;
-        let mut lost = 0;
+        let mut lost = Lost::default();
         while let Some(record) = cursor.read()? {
             let Told { metric, first, count } = Told::of(&record)?;
             let (skip, count) = kept.waiting(&record, metric, count);
@@ -574,7 +575,7 @@ impl Inner {
             let [skip, count] = [skip, count].map(|rows| usize::try_from(rows).unwrap_or(usize::MAX));
             let rows = StateReader::new(&record.payload).batches()?;
             let Some(input) = rows.first().and_then(|rows| self.input_of(metric, rows)) else {
-                warn_of_lost(&mut lost, metric, count);
+                lost.add(metric, count);
                 continue;
             };
             let bytes = rows.iter().map(size).sum();
@@ -591,12 +592,15 @@ impl Inner {
     fn restore_first_version(&mut self, state: &[u8], ready: bool) -> Result<()> {
         let mut state = StateReader::new(state);
         state.u64()?;
-        let mut lost = 0;
+        let mut lost = Lost::default();
         let mut take = |inner: &mut Self, metric: &str, batches: Vec<RecordBatch>| {
             for rows in batches {
                 match inner.input_of(metric, &rows) {
-                    Some(input) => inner.add(input, rows, ready),
-                    None => warn_of_lost(&mut lost, metric, rows.num_rows()),
+                    Some(input) => {
+                        let rows = adapted(&rows, &inner.inputs[input].shape.schema).unwrap_or(rows);
+                        inner.add(input, rows, ready);
+                    }
+                    None => lost.add(metric, rows.num_rows()),
                 }
             }
         };
@@ -613,12 +617,36 @@ impl Inner {
     }
 }
 
-/// Says once that rows of an earlier run fit no input.
-fn warn_of_lost(lost: &mut usize, metric: &str, count: usize) {
-    if *lost == 0 {
-        warn!("`{metric}` has other columns now or goes elsewhere: rows that waited for delivery are lost");
+/// Rows of an earlier run with the columns that their pipeline has now: by name, and null where they have none. `None` if a
+/// column has another type.
+fn adapted(rows: &RecordBatch, schema: &SchemaRef) -> Option<RecordBatch> {
+    let column = |field: &FieldRef| match rows.column_by_name(field.name()) {
+        Some(column) => (column.data_type() == field.data_type()).then(|| Arc::clone(column)),
+        None => field.is_nullable().then(|| new_null_array(field.data_type(), rows.num_rows())),
+    };
+    let columns = schema.fields().iter().map(column).collect::<Option<Vec<_>>>()?;
+    let options = RecordBatchOptions::new().with_row_count(Some(rows.num_rows()));
+    RecordBatch::try_new_with_options(Arc::clone(schema), columns, &options).ok()
+}
+
+/// Rows of an earlier run that fit no input, by metric. Says so in the end.
+#[derive(Default)]
+struct Lost(BTreeMap<String, usize>);
+
+impl Lost {
+    fn add(&mut self, metric: &str, rows: usize) {
+        *self.0.entry(metric.to_owned()).or_default() += rows;
     }
-    *lost += count;
+}
+
+impl Drop for Lost {
+    fn drop(&mut self) {
+        for (metric, rows) in &self.0 {
+            warn!(
+                "`{metric}` goes elsewhere now, or a column has another type: {rows} of its rows, which waited for delivery, are lost"
+            );
+        }
+    }
 }
 
 impl Waiting {

@@ -403,6 +403,39 @@ async fn a_restored_outbox_goes_on_where_the_checkpoint_was_with_the_same_number
 }
 
 #[tokio::test]
+async fn rows_that_wait_are_delivered_with_the_columns_that_their_pipeline_has_now() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let before = open(folder.path(), 10, Duration::ZERO, &["m"], true);
+    before.put(0, &rows(0..3)).await;
+    let state = prepared(&before, 1);
+    drop(before);
+    for (fields, expected) in [
+        (vec![("b", FieldType::String), ("a", FieldType::Int)], Some((2, vec![0, 1, 2]))),
+        (vec![("b", FieldType::String)], Some((1, vec![]))),
+        // Another type: nobody can say what the row would be.
+        (vec![("a", FieldType::String)], None),
+    ] {
+        let shape = StreamShape { schema: schema_of(fields.clone()), keys: Vec::new(), windowed: false };
+        let inputs = vec![SinkInput { metric: "m".to_owned(), shape: shape.clone() }];
+        let limits = BatchLimits { rows: 10, every: Duration::ZERO };
+        let disk = Arc::new(RealDisk);
+        let after = Outbox::open(limits, true, inputs, disk, folder.path(), Durability::Process, Hold::default())
+            .expect("an outbox");
+        after.restore(1, &state).expect("a state");
+        let delivery = after.next().expect("no failure").ok();
+        let seen = delivery.map(|delivery| {
+            assert_eq!(delivery.rows.schema(), shape.schema);
+            let numbers = delivery.rows.column_by_name("a").map(|_| {
+                let index = delivery.rows.schema().index_of("a").expect("a column");
+                delivery.rows.column(index).as_primitive::<Int64Type>().values().to_vec()
+            });
+            (delivery.rows.num_columns(), numbers.unwrap_or_default())
+        });
+        assert_eq!(seen, expected, "{fields:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_log_that_no_checkpoint_needs_is_trimmed_and_one_that_none_names_is_passed_over() {
     let outbox = outbox(usize::MAX, Duration::ZERO, &["m"]);
     let batch = rows(0..8192);
