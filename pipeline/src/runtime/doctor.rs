@@ -18,8 +18,8 @@ use std::sync::Arc;
 
 use super::fresh::ASIDE;
 use super::inspect::{covered, kept, logs, newest, sink_of, source_of};
-use super::names::key_of_sink;
-use super::store::{Checkpoint, Found, Store, is_locked, is_set_aside, read_all};
+use super::names::{inbox_folder, key_of_sink, outbox_folder};
+use super::store::{Checkpoint, Found, Store, is_locked, is_set_aside, read_all, were_written};
 use crate::disk::{Disk, Entry, RealDisk};
 use crate::error::{Error, Result};
 use crate::graph::{Graph, GraphSink};
@@ -103,6 +103,7 @@ pub fn examine(graph: &Graph) -> Result<Examined> {
     for (folder, report) in &outboxes {
         examined.outbox(graph, folder, report, taken);
     }
+    examined.gone(graph, taken, &[inboxes, outboxes].concat());
     for listed in &listed {
         examined.history(listed, &found, taken);
     }
@@ -197,6 +198,36 @@ impl Examined {
                 ),
             };
             self.damaged(path, format!("the checkpoint cannot be read: {error}"), advice);
+        }
+    }
+
+    /// What the checkpoint that a start takes knows of, and is not there at all.
+    fn gone(&mut self, graph: &Graph, taken: Option<&Checkpoint>, logs: &[(PathBuf, log::Report)]) {
+        let dir = &graph.state_dir;
+        if taken.is_none() && self.checkpoints == 0 && were_written(dir) {
+            let what = "the checkpoints that were here are gone";
+            self.damaged(dir, what, format!("a start is refused: {RESTORE_OR_FRESH}"));
+        }
+        let is_there = |folder: &Path| logs.iter().any(|(path, report)| path == folder && !report.segments.is_empty());
+        for source in &graph.sources {
+            let folder = inbox_folder(dir, source);
+            if let Some(from) = covered(taken, &folder).filter(|from| *from > 0 && !is_there(&folder)) {
+                self.damaged(
+                    &folder,
+                    format!("this inbox is gone; the checkpoint has its records up to {from}"),
+                    "later ones are lost, and so is the memory of what was received: what comes again may count twice. Put back a \
+                     copy of the folder",
+                );
+            }
+        }
+        for sink in &graph.sinks {
+            let folder = outbox_folder(dir, &sink.name);
+            let needed = kept(taken, Some(&sink.name)).is_some_and(|kept| kept.needed() < kept.end);
+            if needed && !is_there(&folder) {
+                let what =
+                    "this outbox is gone, and with it rows that waited for delivery when the checkpoint was written";
+                self.damaged(&folder, what, "put back a copy of the folder; a start goes on without them");
+            }
         }
     }
 

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::store::{is_of_checkpoints, read_all};
+use super::store::{is_of_checkpoints, read_all, were_written};
 use crate::disk::{Disk, Entry, RealDisk};
 use crate::error::{Error, Result};
 use crate::graph::GraphSink;
@@ -39,6 +39,14 @@ pub(crate) fn check_start(dir: &Path, restored: bool, inboxes: impl Iterator<Ite
             "no checkpoint can be read ({}). Starting anew would lose positions, open windows and rows that wait, so nothing \
              is started. `pipeline doctor` shows what is damaged; put back a copy of the state folder `{}`, or {way_out}",
             damaged.join("; "),
+            dir.display()
+        ))
+        .fatal());
+    }
+    if were_written(dir) {
+        return Err(Error::outside(format!(
+            "the checkpoints in `{}` are gone: a start without them would take rows in again that the history has. Put back a \
+             copy of the folder, or {way_out}",
             dir.display()
         ))
         .fatal());
@@ -151,6 +159,7 @@ mod tests {
 
     use super::*;
     use crate::log::{Log, LogOptions};
+    use crate::runtime::store::{Checkpoint, Store};
 
     fn none() -> std::iter::Empty<PathBuf> {
         std::iter::empty()
@@ -206,6 +215,22 @@ mod tests {
         for part in [&path.display().to_string(), "pipeline doctor", "pipeline run --fresh"] {
             assert!(error.contains(part), "{error}");
         }
+    }
+
+    #[test]
+    fn a_start_is_refused_when_all_checkpoints_are_gone_that_there_were() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let dir = folder.path();
+        let mut store = Store::open(dir).expect("a store");
+        store.write(&Checkpoint { number: 1, nodes: [].into() }).expect("written");
+        fs::remove_file(dir.join("00000000000000000001.checkpoint")).expect("removed");
+        let error = check_start(dir, false, none()).expect_err("refused").to_string();
+        assert!(error.contains("are gone") && error.contains("--fresh"), "{error}");
+        set_aside(dir, &[]).expect("moved");
+        check_start(dir, false, none()).expect("a new start");
+        store.write(&Checkpoint { number: 2, nodes: [].into() }).expect("written");
+        store.clear().expect("cleared");
+        check_start(dir, false, none()).expect("a graph that has run to its end");
     }
 
     #[test]

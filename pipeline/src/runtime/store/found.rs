@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use super::pieces::Pieces;
-use super::{Checkpoint, DAMAGED, PIECES, SUFFIX, Store};
+use super::{Checkpoint, DAMAGED, PIECES, SUFFIX, Store, WRITTEN};
 use crate::disk::RealDisk;
 use crate::error::Result;
 
@@ -32,7 +32,7 @@ pub(crate) fn read_all(dir: &Path) -> Result<Vec<Found>> {
         return Ok(Vec::new());
     }
     let (pieces, kept) = (Pieces::default(), VecDeque::new());
-    let store = Store { disk: Arc::new(RealDisk), dir: dir.to_owned(), pieces, kept, _lock: None };
+    let store = Store { disk: Arc::new(RealDisk), dir: dir.to_owned(), pieces, kept, is_marked: false, _lock: None };
     let mut all = Vec::new();
     for (number, path) in store.list()? {
         let file = match fs::metadata(&path) {
@@ -61,12 +61,17 @@ pub(crate) fn read_all(dir: &Path) -> Result<Vec<Found>> {
 
 /// Whether a name in the state folder belongs to the checkpoints.
 pub(crate) fn is_of_checkpoints(name: &str) -> bool {
-    [SUFFIX, PIECES].iter().any(|suffix| name.ends_with(suffix)) || is_set_aside(name)
+    [SUFFIX, PIECES].iter().any(|suffix| name.ends_with(suffix)) || name == WRITTEN || is_set_aside(name)
 }
 
 /// Whether a name in the state folder is of a checkpoint that was damaged when a run started.
 pub(crate) fn is_set_aside(name: &str) -> bool {
     name.ends_with(&format!(".{DAMAGED}"))
+}
+
+/// Whether there were checkpoints in a state folder that nobody cleared.
+pub(crate) fn were_written(dir: &Path) -> bool {
+    dir.join(WRITTEN).exists()
 }
 
 /// Whether a process runs on a state folder.

@@ -31,13 +31,16 @@ use xxhash_rust::xxh3::xxh3_128;
 use crate::disk::{Disk, NotWritten, RealDisk, remove_drafts, write_whole};
 use crate::error::{Blame, Error, Result};
 use crate::state::{StateReader, StateWriter};
-pub(crate) use found::{Found, is_locked, is_of_checkpoints, is_set_aside, read_all};
+pub(crate) use found::{Found, is_locked, is_of_checkpoints, is_set_aside, read_all, were_written};
 use pieces::{Fresh, Piece, Pieces};
 
 const MAGIC: &[u8; 8] = b"TAILWCK2";
 /// All states in the manifest.
 const FIRST_MAGIC: &[u8; 8] = b"TAILWCK1";
 const SUFFIX: &str = ".checkpoint";
+/// A file that is there from the first checkpoint on, until all are cleared: without it nobody could tell a first start from
+/// one whose checkpoints were removed.
+const WRITTEN: &str = "written.checkpoints";
 const PIECES: &str = ".pieces";
 /// Extension of a checkpoint that could not be read when a run started.
 const DAMAGED: &str = "damaged";
@@ -66,6 +69,8 @@ pub(crate) struct Store {
     pieces: Pieces,
     /// The checkpoints that are kept, and the files of pieces that each names.
     kept: VecDeque<(u64, BTreeSet<u64>)>,
+    /// Whether [`WRITTEN`] is there, as far as this process knows.
+    is_marked: bool,
     /// Nothing on a simulated disk, which no other process sees.
     _lock: Option<File>,
 }
@@ -95,7 +100,7 @@ impl Store {
         };
         prepare().map_err(|error| failed(dir, error).fatal())?;
         let (pieces, kept) = (Pieces::default(), VecDeque::new());
-        Ok(Self { disk, dir: dir.to_owned(), pieces, kept, _lock: lock })
+        Ok(Self { disk, dir: dir.to_owned(), pieces, kept, is_marked: false, _lock: lock })
     }
 
     /// Takes up the newest checkpoint that is whole. Damaged ones that are newer are set aside with a warning: once a run
@@ -169,6 +174,10 @@ impl Store {
             self.kept.push_back((checkpoint.number, manifest.files()));
         }
         written.map_err(|failed| self.not_written(failed))?;
+        if !self.is_marked {
+            self.put(&self.dir.join(WRITTEN), b"").map_err(|failed| self.not_written(failed))?;
+            self.is_marked = true;
+        }
         self.pieces.note(manifest.pieces());
         let list = self.list()?;
         let (old, kept) = list.split_at(list.len().saturating_sub(KEPT));
@@ -210,6 +219,11 @@ impl Store {
 
     /// Removes all checkpoints: the next run starts anew.
     pub(crate) fn clear(&mut self) -> Result<()> {
+        // The mark first: in between, checkpoints without it are gone on from, and it without checkpoints is refused.
+        let mark = self.dir.join(WRITTEN);
+        let unmarked = self.disk.remove_if_there(&mark).and_then(|()| self.disk.sync_folder(&self.dir));
+        unmarked.map_err(|e| Error::outside(format!("`{}`", mark.display())).because(e))?;
+        self.is_marked = false;
         for (_, path) in self.list()? {
             // One by one, the oldest first: of several removals a power loss could keep any, and leave only an old one.
             let removed = self.disk.remove_if_there(&path).and_then(|()| self.disk.sync_folder(&self.dir));
