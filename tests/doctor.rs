@@ -178,9 +178,9 @@ fn the_state_is_shown_beside_a_running_process_and_after_it() {
     let changed: Value = serde_json::from_str(&changed).expect("JSON");
     for (key, start, lost) in [
         ("source/readings", "goes_on", Value::Null),
-        ("pipeline/every", "changed", json!("its position and open windows")),
+        ("pipeline/every", "changed", json!("the windows, totals and rows that its steps had open, if any,")),
         ("pipeline/burden", "new", Value::Null),
-        ("pipeline/load", "gone", json!("its position and open windows")),
+        ("pipeline/load", "gone", json!("the windows, totals and rows that its steps had open, if any,")),
         ("sink/history", "goes_on", Value::Null),
     ] {
         let node = node(&changed, key);

@@ -31,7 +31,8 @@ watermark trails the newest time by `lateness`: rows may come in any order withi
 ## Wrong rows
 A row that does not fit `fields` is counted and logged, and the others go on. With `errors: SINK` it goes to that sink too, as
 the metric `NAME_errors` with the columns `source`, `time`, `error` and `payload` (its first 1024 bytes). A column that the
-row lacks is null, and no error.
+row lacks is null, and no error; but a row without the time that `event_time` names belongs into no window and is a wrong row.
+(An `http` source has answered by then: with `required` it refuses such a row.)
 
 ## Demand
 With `on_demand: true` a polled source asks only while somebody wants its rows: a subscriber of a metric made of them, or a

@@ -295,9 +295,11 @@ fn describe(error: &DataFusionError, limits: &Limits) -> QueryError {
             }
             other => QueryError::new(QueryErrorKind::Sql, clean(&other.to_string())),
         },
-        error if is_of_files(error) => {
-            QueryError::new(QueryErrorKind::Files, format!("cannot read the history: {}", error.strip_backtrace()))
-        }
+        error if is_of_files(error) => QueryError {
+            kind: QueryErrorKind::Files,
+            message: format!("cannot read the history: {}", error.strip_backtrace()),
+            hint: Some("`pipeline doctor` reads every file and names those that are damaged".to_owned()),
+        },
         DataFusionError::Internal(_) | DataFusionError::ExecutionJoin(_) => {
             QueryError::new(QueryErrorKind::Internal, error.strip_backtrace())
         }

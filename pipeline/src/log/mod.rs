@@ -185,7 +185,10 @@ impl Log {
             opened.cut_bytes = last.bytes - last.sound_bytes;
             if opened.cut_bytes > 0 {
                 let (path, cut) = (last.path.display(), opened.cut_bytes);
-                warn!("`{path}`: its last {cut} bytes are a commit that never came back, they are cut off");
+                warn!(
+                    "`{path}`: its last {cut} bytes are no whole commit and are cut off: what a crash left of one, of which \
+                     nobody was told, or damage by the disk"
+                );
             }
             last.bytes = last.sound_bytes;
             Tail::open(&*disk, last).map_err(failed)?

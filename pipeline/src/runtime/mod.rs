@@ -152,6 +152,9 @@ struct Starter {
 
 impl Starter {
     async fn new(graph: Graph, options: Options, operators: Handle) -> Result<Self> {
+        let disk: Arc<dyn Disk> = Arc::new(RealDisk);
+        // Before it listens: a second process on the same state shall not look as if it ran.
+        let mut store = Store::open(&graph.state_dir)?;
         let listen: SocketAddr =
             graph.listen.parse().map_err(|_| Error::user(format!("`{}` is no address", graph.listen)))?;
         let listener = TcpListener::bind(listen).await.map_err(|e| {
@@ -160,8 +163,6 @@ impl Starter {
                 .fatal()
         })?;
         info!("listening on http://{listen}/");
-        let disk: Arc<dyn Disk> = Arc::new(RealDisk);
-        let mut store = Store::open(&graph.state_dir)?;
         if options.fresh {
             match fresh::set_aside(&graph.state_dir, &graph.sinks)? {
                 Some(aside) => warn!(
@@ -485,6 +486,7 @@ impl Starter {
             error_batches: 0,
             batches: 0,
             error_log: None,
+            errors_untold: 0,
             delivery: source.shape.delivery,
             unsettled: Unsettled::default(),
             inbox,

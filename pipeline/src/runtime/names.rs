@@ -41,7 +41,11 @@ pub(super) fn fingerprint_of_sink(sink: &GraphSink) -> u64 {
 
 /// What a node loses that starts anew.
 pub(super) fn what_it_keeps(key: &str) -> &'static str {
-    if key.starts_with("sink/") { "rows that it kept" } else { "its position and open windows" }
+    match key.split('/').next() {
+        Some("source") => "the position that it had, if any,",
+        Some("pipeline") => "the windows, totals and rows that its steps had open, if any,",
+        _ => "rows that it kept",
+    }
 }
 
 /// Where the inbox of a push source lies. It outlives a change of the source's options, but not of its type: another one

@@ -65,6 +65,15 @@ impl Source for StreamSource {
         let mut connection = self.endpoint.connect(1).await?;
         super::warn_if_volatile(&mut connection, &self.name, &mut self.warned).await?;
         let known = position.map(decode_position).transpose()?.unwrap_or_default();
+        for place in known.iter().filter(|_| self.begun.is_none()).filter(|place| !self.streams.contains(&place.stream))
+        {
+            tracing::warn!(
+                source = self.name,
+                stream = place.stream,
+                id = place.id,
+                "this stream is read no more: its position is dropped"
+            );
+        }
         let begun_before = self.begun.clone().unwrap_or_default();
         let is_known = |stream: &String| known.iter().any(|place| place.stream == *stream);
         let (mut places, mut begun) = (Vec::new(), Vec::new());

@@ -39,7 +39,7 @@ const TICK: Duration = Duration::from_millis(50);
 /// Bytes of records, from which on no more are taken together: they are decoded, and written to the inbox, as one.
 const LOT_BYTES_MAX: usize = 8 << 20;
 
-/// Row errors of one source are logged at most this often; all are counted.
+/// Row errors of one source are logged at most this often, with the number of all since.
 const ERROR_LOG_EVERY: Duration = Duration::from_secs(10);
 
 pub(crate) struct IntakeTask {
@@ -58,6 +58,8 @@ pub(crate) struct IntakeTask {
     pub(crate) error_batches: u64,
     pub(crate) batches: u64,
     pub(crate) error_log: Option<Instant>,
+    /// Row errors since the log told of some.
+    pub(crate) errors_untold: usize,
     pub(crate) delivery: Delivery,
     /// Of a source whose senders wait for an acknowledgement.
     pub(crate) inbox: Option<Inbox>,
@@ -468,11 +470,13 @@ impl IntakeTask {
     fn error_rows(&mut self, errors: &[RowError], ingest_us: i64) -> Result<Option<Batch>> {
         let Some(first) = errors.first() else { return Ok(None) };
         self.status.errors.fetch_add(errors.len() as u64, Relaxed);
+        let count = errors.len();
+        self.errors_untold += count;
         if self.error_log.is_none_or(|at| at.elapsed() > ERROR_LOG_EVERY) {
             self.error_log = Some(Instant::now());
-            warn!(source = %self.name, rows = errors.len(), payload = %first.payload, "a row cannot be read: {}", first.message);
+            let rows = std::mem::take(&mut self.errors_untold);
+            warn!(source = %self.name, rows, payload = %first.payload, "rows cannot be read, the last one: {}", first.message);
         }
-        let count = errors.len();
         let columns: Vec<ArrayRef> = vec![
             Arc::new(StringArray::from(vec![self.name.as_str(); count])),
             Arc::new(TimestampMicrosecondArray::from_value(ingest_us, count).with_timezone("UTC")),

@@ -92,6 +92,7 @@ fn bench(delivery: Delivery) -> Bench {
         error_batches: 0,
         batches: 0,
         error_log: None,
+        errors_untold: 0,
         delivery,
         inbox: None,
         unsettled: Unsettled::default(),
