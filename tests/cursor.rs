@@ -334,6 +334,9 @@ fn a_position_means_the_same_rows_while_their_place_and_order_stay() {
         ("postgres://me:secret@elsewhere/d", options),
         ("postgres://me:secret@host:5433/d", options),
         ("postgres://me:secret@host/e", options),
+        // Another schema; and the database of the user's name.
+        ("postgres://me:secret@host/d?options=-c%20search_path%3Dother", options),
+        ("postgres://me:secret@host", options),
         ("mysql://me:secret@host:5432/d", options),
         (url, "table: u\ncursor: id\nfields: {id: int}"),
         (url, "query: SELECT * FROM t\ncursor: id\nfields: {id: int}"),
@@ -341,5 +344,6 @@ fn a_position_means_the_same_rows_while_their_place_and_order_stay() {
     ] {
         assert_ne!(identity(url, options), known, "{url} {options}");
     }
+    assert_ne!(identity("postgres://me@host", options), identity("postgres://you@host/", options));
     assert_eq!(identity(url, "table: t\nfields: {id: int}"), None, "no cursor, no position");
 }

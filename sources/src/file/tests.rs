@@ -463,6 +463,17 @@ async fn a_last_line_without_end_counts_once_whether_it_was_whole_or_not() {
     assert!(errors[1].starts_with("f.json:2: "), "{errors:?}");
 }
 
+#[test]
+fn a_position_outlives_other_options_unless_it_counts_rows() {
+    let identity = |yaml: &str| config(yaml).identity();
+    let known = identity("path: a.json\nfields: {n: int}");
+    assert!(known.is_some());
+    assert_eq!(identity("path: a.json\nfields: {n: float, s: string}"), known);
+    assert_ne!(identity("path: b.json\nfields: {n: int}"), known);
+    // All options, that is.
+    assert_eq!(identity("path: a.json\nfields: {t: timestamp}\nspeed: 2x\ntime: t"), None);
+}
+
 #[tokio::test]
 async fn another_file_in_the_place_of_the_one_that_was_read_is_told() {
     let lines = |count: usize, b: usize| (0..count).map(|a| format!("{{\"a\":{a},\"b\":{b}}}\n")).collect::<String>();
